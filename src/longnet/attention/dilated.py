@@ -1,0 +1,367 @@
+"""dilated_attention(): the op, its exact gradient, its registration with PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longnet.attention import reference
+from longnet.attention.backends import dispatch
+from longnet.attention.merge import merge_
+from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.attention.views import Plan, blocks, plan, runs_of
+
+_CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
+
+
+@overload
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: dispatch.Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    padding_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    backend: dispatch.Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: dispatch.Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend along `pattern`: one softmax over the multiset union of the branches' keys (arXiv:2307.02486 eq. 3-15).
+
+    A query that a branch keeps attends to the keys that the branch keeps in the same segment; a key that three
+    branches see counts three times. Gradients are exact: the mixture weights are not detached. Only q, k, v, out and
+    lse are kept for the backward pass, which cannot itself be differentiated.
+
+    Args:
+        q: (B, H, Tq, D), float64, float32, bfloat16 or float16, any strides. With Tq < T its rows are the last Tq
+            positions (cached decoding).
+        k: (B, G, T, D) with H a multiple of G; query head h reads key/value head h // (H / G).
+        v: (B, G, T, D).
+        pattern: segment lengths, dilation rates, head offsets. Any T, multiple of nothing.
+        is_causal: hide the keys after each query.
+        scale: factor on q·k, D ** -0.5 when None.
+        padding_mask: (B, T) bool, True for a real token. The real tokens of a row lie side by side; segments count
+            from the first of them. Output is 0 in the padding, which is never read.
+        cu_seqlens: (n + 1,) int32 or int64, 0 … T: boundaries of n documents packed end to end in a batch of 1. Each
+            attends within itself, its segments counted from its first token.
+        dropout_p: only 0.
+        return_lse: return the log-sum-exp too.
+        backend: `"sdpa"` computes tiles with the kernels behind scaled_dot_product_attention, `"reference"` a dense
+            mask in O(T²), `"auto"` the fastest that can run.
+
+    Returns:
+        out (B, H, Tq, D) like q; a query that no branch keeps, or that is padding, gets 0. With `return_lse` also lse
+        (B, H, Tq), natural logarithm, −inf for such a query, float32 (float64 for float64). lse carries no gradient.
+
+    Raises:
+        ValueError: shapes, devices, dtypes or masks that do not fit; a backend that cannot run.
+        TypeError: `pattern` is no DilationPattern.
+        NotImplementedError: dropout_p other than 0.
+    """
+    _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    bounds = None
+    if padding_mask is not None:
+        bounds = padding_bounds(padding_mask)
+    elif cu_seqlens is not None:
+        bounds = document_bounds(cu_seqlens, k.shape[2])
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+    else:
+        out, lse = _op(
+            q, k, v, bounds,
+            pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
+        )  # fmt: skip
+    return (out, lse.detach()) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if not isinstance(pattern, DilationPattern):
+        raise TypeError(f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text")
+    if dropout_p != 0:
+        raise NotImplementedError(
+            f"dilated attention has no attention dropout yet, got dropout_p={dropout_p}: set it to 0 "
+            "(attention_dropout=0.0 in a model's configuration), and drop out the output instead"
+        )
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be (batch, heads, tokens, head dim), got {shapes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"k and v must be alike, and share batch and head dim with q, got {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[1] == 0:
+        raise ValueError(f"the query heads must be a multiple of the key/value heads, got {shapes}")
+    if q.shape[3] == 0:
+        raise ValueError(f"the head dim must be at least 1, got {shapes}")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"there must be at least as many keys as queries, whose rows are the last ones, got {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if padding_mask is not None and cu_seqlens is not None:
+        raise ValueError("give padding_mask or cu_seqlens, not both: packed documents need no padding")
+    if padding_mask is not None:
+        if padding_mask.dtype != torch.bool:
+            raise ValueError(f"padding_mask must be bool, True for real tokens, got {padding_mask.dtype}: mask.bool()")
+        if padding_mask.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"padding_mask must be (batch, tokens of k) = {(k.shape[0], k.shape[2])}, got {tuple(padding_mask.shape)}"
+            )
+    if cu_seqlens is not None:
+        if k.shape[0] != 1:
+            raise ValueError(f"cu_seqlens packs documents into a batch of 1, got a batch of {k.shape[0]}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be (documents + 1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            )
+
+
+@torch.library.custom_op("longnet::padding_bounds", mutates_args=())
+def padding_bounds(padding_mask: Tensor) -> Tensor:
+    """Return (B, 3) int64 on the CPU: (batch row, first real token, one past the last) of each row of a mask.
+
+    Raises:
+        ValueError: a row whose real tokens do not lie side by side.
+    """
+    mask = padding_mask.cpu()
+    rows, tokens = mask.shape
+    counts = mask.sum(1)
+    starts = mask.int().argmax(1) if tokens else counts
+    starts = torch.where(counts > 0, starts, 0)
+    positions = torch.arange(tokens)
+    run = (positions >= starts[:, None]) & (positions < (starts + counts)[:, None])
+    torn = (run != mask).any(1).nonzero().flatten().tolist()
+    if torn:
+        raise ValueError(
+            f"padding_mask: the real tokens of a row must lie side by side, with padding only before or after; rows {torn[:8]} "
+            "have gaps. Several documents in a row are packed with cu_seqlens"
+        )
+    return torch.stack([torch.arange(rows), starts, starts + counts], 1)
+
+
+@padding_bounds.register_fake
+def _(padding_mask: Tensor) -> Tensor:
+    return padding_mask.new_empty((padding_mask.shape[0], 3), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("longnet::document_bounds", mutates_args=())
+def document_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Return (n, 3) int64 on the CPU: (0, start, stop) of each of the n documents packed into `tokens` tokens.
+
+    Raises:
+        ValueError: boundaries that do not rise from 0 to `tokens`.
+    """
+    edges = cu_seqlens.to("cpu", torch.int64)
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] != tokens or (edges.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {edges.tolist()[:16]}")
+    return torch.stack([torch.zeros_like(edges[:-1]), edges[:-1], edges[1:]], 1)
+
+
+@document_bounds.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:  # noqa: ARG001
+    return cu_seqlens.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("longnet::dilated_attention", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+    tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
+    q, k, v = (_rows_dense(x) for x in (q, k, v))
+    out, lse = _empty(q), _empty_lse(q)
+    if not is_complete:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    with torch.autocast(q.device.type, enabled=False):
+        for tile in tiles:
+            for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
+                tile_out, tile_lse = kernel.attend(
+                    block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
+                )
+                merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
+    return out.to(q.dtype), lse
+
+
+@_op.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(_rows_dense(q)).to(q.dtype), _empty_lse(_rows_dense(q))
+
+
+@torch.library.custom_op("longnet::dilated_attention_backward", mutates_args=())
+def _op_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+    tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
+    dout, q, k, v = (_rows_dense(x) for x in (dout, q, k, v))
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    if not (is_complete and q.shape[2] == k.shape[2]):
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    with torch.autocast(q.device.type, enabled=False):
+        for tile in tiles:
+            for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
+                parts = kernel.attend_backward(
+                    block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
+                    is_causal=tile.is_causal, scale=scale,
+                )  # fmt: skip
+                _accumulate(block.q(dq), parts[0], is_first=block.q_first)
+                for grad, part in zip((dk, dv), parts[1:], strict=True):
+                    once = part.sum(block.shared, keepdim=True) if block.shared else part
+                    _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_op_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    dq, dk, dv = (_empty(_rows_dense(x)).to(x.dtype) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bounds, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds)
+
+
+def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, bounds = ctx.saved_tensors
+    grads = _op_backward(dout, q, k, v, out, lse, bounds, *ctx.settings)
+    return (*grads, *(None,) * (1 + len(ctx.settings)))
+
+
+_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    bounds: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+) -> Plan:
+    pattern = _pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
+    return plan(
+        pattern,
+        runs=runs_of(bounds, k.shape[0], k.shape[2]),
+        batch_size=q.shape[0],
+        q_tokens=q.shape[2],
+        k_tokens=k.shape[2],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        is_causal=is_causal,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str) -> DilationPattern:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller's own pattern has warned already
+        return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
+
+
+def _rows_dense(x: Tensor) -> Tensor:
+    # ATen's CPU kernel reads garbage, silently, where the last stride is not 1.
+    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)  # partial results merged in bfloat16 drift
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=_accumulator_dtype(x.dtype))
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return torch.empty_like(q[..., 0], dtype=_accumulator_dtype(q.dtype))
+
+
+def _accumulate(total: Tensor, part: Tensor, *, is_first: bool) -> None:
+    if is_first:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+def _max_rows(q: Tensor) -> int:
+    if q.device.type != "cpu":
+        return 2**31
+    return _CPU_CALL_BYTES * torch.get_num_threads() // (q.shape[3] * q.dtype.itemsize)
