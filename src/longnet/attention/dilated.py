@@ -101,8 +101,10 @@ def dilated_attention(
         NotImplementedError: dropout_p other than 0.
     """
     _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device_type = q.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # As PyTorch's own operators do, float64 stays.
+        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bounds = None
     if padding_mask is not None:
@@ -219,8 +221,7 @@ def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return cu_seqlens.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("longnet::dilated_attention", mutates_args=())
-def _op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -249,13 +250,15 @@ def _op(
     return out.to(q.dtype), lse
 
 
+_op = torch.library.custom_op("longnet::dilated_attention", _forward, mutates_args=())
+
+
 @_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty(_rows_dense(q)).to(q.dtype), _empty_lse(_rows_dense(q))
 
 
-@torch.library.custom_op("longnet::dilated_attention_backward", mutates_args=())
-def _op_backward(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -289,6 +292,9 @@ def _op_backward(
                     once = part.sum(block.shared, keepdim=True) if block.shared else part
                     _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+_op_backward = torch.library.custom_op("longnet::dilated_attention_backward", _backward, mutates_args=())
 
 
 @_op_backward.register_fake

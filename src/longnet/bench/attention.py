@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import re
 import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -186,11 +185,12 @@ def _peak_bytes(device: torch.device, *, reset: bool = False) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage counts what the parent process once held
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:  # Linux: getrusage would count what the parent process once held
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern) -> list[Gathered]:
