@@ -183,17 +183,19 @@ class Math:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_at_least_float32(x) for x in (q, k, v))
-        scores = self._scores(q, k, is_causal=is_causal, scale=scale)
-        lse = torch.logsumexp(scores, -1)
-        return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
+        with torch.autocast(q.device.type, enabled=False):
+            scores = self._scores(q, k, is_causal=is_causal, scale=scale)
+            lse = torch.logsumexp(scores, -1)
+            return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
 
     def attend_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
     ) -> _Grads:
         dout, q, k, v, out = (_at_least_float32(x) for x in (dout, q, k, v, out))
-        p = torch.exp(self._scores(q, k, is_causal=is_causal, scale=scale) - lse.unsqueeze(-1))
-        ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
-        return ds @ k, ds.mT @ q, p.mT @ dout
+        with torch.autocast(q.device.type, enabled=False):
+            p = torch.exp(self._scores(q, k, is_causal=is_causal, scale=scale) - lse.unsqueeze(-1))
+            ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+            return ds @ k, ds.mT @ q, p.mT @ dout
 
 
 KERNELS: tuple[Kernel, ...] = (FlashCPU(), CuDNN(), FlashCUDA(), Efficient(), Math())  # the fastest first
