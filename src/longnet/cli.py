@@ -147,7 +147,7 @@ def bench_attention(
 def main() -> None:
     """Run the command line; the entry point of `longnet`."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except (cyclopts.CycloptsError, ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
         print(f"longnet: {error}", file=sys.stderr)
         sys.exit(2)

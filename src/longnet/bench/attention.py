@@ -10,7 +10,7 @@ import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Settings:
         token_lengths: tokens at which the time per token is measured, geometric pattern up to that length.
         memory_length: tokens at which the peak memory is measured.
         num_heads: query, key and value heads.
+        token_heads: the same where the time per token is measured; the gate there copies every branch.
         head_dim: channels of a head.
         repeats: counted rounds; figures are medians.
     """
@@ -43,8 +44,9 @@ class Settings:
     token_lengths: tuple[int, ...] = (32768, 131072, 1048576)
     memory_length: int = 262144
     num_heads: int = 4
+    token_heads: int = 2
     head_dim: int = 64
-    repeats: int = 5
+    repeats: int = 3
 
 
 QUICK = Settings(lengths=(2048, 4096, 8192, 16384), token_lengths=(8192, 32768), memory_length=65536, repeats=2)
@@ -125,6 +127,7 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
 def per_token(settings: Settings, device: torch.device) -> Iterator[Row]:
     """Time the forward pass per token as the sequence, and with it the geometric pattern, grows."""
     first = None
+    settings = replace(settings, num_heads=settings.token_heads)
     for tokens in settings.token_lengths:
         pattern = DilationPattern.geometric(2048, tokens)
         q, k, v, dout = _tensors(tokens, settings, device)
