@@ -28,20 +28,20 @@ class Case:
         return (8 * dout).round() / 8
 
     def magnitudes(self) -> tuple[float, dict[str, float]]:
-        """Return the largest |logit|, and per output and gradient the largest sum of its terms' absolute values."""
+        """Return the largest logit, output and gradients, each with the absolute values of its terms summed."""
         group = self.q.shape[1] // self.k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (self.k, self.v))
         scale = self.q.shape[3] ** -0.5
         scores = scale * self.q @ k.mT
-        logit = scores.abs().max().item()
+        logit = (scale * self.q.abs() @ k.abs().mT).max().item()
         _, lse = dilated_attention(
             self.q, self.k, self.v, self.pattern,
             is_causal=self.is_causal, return_lse=True, backend="reference", **self.masks,
         )  # fmt: skip
         # Masked pairs stay in, with p ≤ 1: an upper bound.
         p = torch.exp((scores - lse.unsqueeze(-1)).clamp(max=0)).nan_to_num(0, 0, 0)
-        dp = self.dout() @ v.mT
-        ds = scale * p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True))
+        dp = self.dout().abs() @ v.abs().mT
+        ds = scale * p * (dp + (p * dp).sum(-1, keepdim=True))
         terms = {"out": p @ v.abs(), "dq": ds @ k.abs(), "dk": ds.mT @ self.q.abs(), "dv": p.mT @ self.dout().abs()}
         magnitudes = {name: group * term.max().item() for name, term in terms.items()}
         return logit, {**magnitudes, "lse": logit}
