@@ -101,24 +101,54 @@ def dilated_attention(
         NotImplementedError: dropout_p other than 0.
     """
     _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bounds = None
     if padding_mask is not None:
         bounds = padding_bounds(padding_mask)
     elif cu_seqlens is not None:
         bounds = document_bounds(cu_seqlens, k.shape[2])
+    out, lse = attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale, backend=backend)
+    return (out, lse.detach()) if return_lse else out
+
+
+def attend_within(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    *,
+    bounds: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
+    backend: dispatch.Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compute `dilated_attention` where masks have been read into bounds, as a model does once for all its layers.
+
+    Args:
+        q: (B, H, Tq, D), checked, like k and v.
+        k: (B, G, T, D).
+        v: (B, G, T, D).
+        pattern: the branches.
+        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens, as `padding_bounds` and
+            `document_bounds` give them; None where every token is real.
+        is_causal: hide the keys after each query.
+        scale: factor on q·k, D ** -0.5 when None.
+        backend: as in `dilated_attention`.
+
+    Returns:
+        out (B, H, Tq, D) and lse (B, H, Tq).
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
-    else:
-        out, lse = _op(
-            q, k, v, bounds,
-            pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
-        )  # fmt: skip
-    return (out, lse.detach()) if return_lse else out
+            return reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+    out, lse = _op(
+        q, k, v, bounds,
+        pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
+    )  # fmt: skip
+    return out, lse
 
 
 def _check(
