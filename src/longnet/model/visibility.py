@@ -63,9 +63,10 @@ def read_bounds(
     is_whole = sees(q) & sees(first)
     if not is_causal:
         is_whole = is_whole & sees(last)
-    return _documents(
+    bounds: Tensor = _documents(
         sees_before, sees_next, is_whole, tokens, padding is not None, is_causal, torch.compiler.is_compiling()
     )
+    return bounds
 
 
 @torch.library.custom_op("longnet::documents_seen", mutates_args=())
