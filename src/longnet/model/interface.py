@@ -1,4 +1,4 @@
-"""Dilated attention as an attention implementation of any Hugging Face model.
+"""Dilated and fixed sparse attention as attention implementations of any Hugging Face model.
 
 transformers calls two functions by name: one that describes the mask, once per forward, and one that attends, once per
 layer. The first reads masks into `Visible`; the second honours it or refuses. Nothing is dropped silently.
@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from longnet.attention.dilated import attend_within, document_bounds, padding_bounds
 from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.visibility import read_bounds
 
 
@@ -47,6 +48,11 @@ class Visible:
     def ndim(self) -> int:
         """4, as of every mask that is made: transformers asks, and makes masks of what has fewer dimensions."""
         return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of a mask which is the same for all batch rows and heads, for models that read off its last."""
+        return (1, 1, self.q_tokens, self.tokens)
 
     def contiguous(self) -> Visible:
         """Return itself; generate() asks this of every mask that it makes ahead."""
@@ -143,24 +149,39 @@ def dilated_attention_forward(
     Raises:
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
-    pattern = pattern_of(cast("PreTrainedConfig", module.config))
-    return _attend(
-        "dilated", functools.partial(_attend_dilated, pattern), module, query, key, value, attention_mask,
-        scaling, dropout, kwargs,
-    )  # fmt: skip
+    pattern = pattern_of(_config_of(module))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
+
+    return _attend("dilated", attend, module, query, key, value, attention_mask, dropout, kwargs)
 
 
-def _attend_dilated(
-    pattern: DilationPattern,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bounds: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
-    return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)[0]
+def sparse_fixed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend along the fixed pattern of the Sparse Transformer: the attention implementation "sparse_fixed".
+
+    Args, returns and errors are those of `dilated_attention_forward`, except that the config holds sparse_block,
+    sparse_summary and, optionally, sparse_stride, and that a model that is not causal is refused.
+    """
+    pattern = sparse_pattern_of(_config_of(module))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        if not is_causal:
+            raise ValueError(
+                'sparse_fixed attention is causal, and this model is not: use attn_implementation="dilated"'
+            )
+        return sparse_fixed_attention(q, k, v, pattern, bounds=bounds, scale=scaling)
+
+    return _attend("sparse_fixed", attend, module, query, key, value, attention_mask, dropout, kwargs)
 
 
 def _attend(
@@ -171,7 +192,6 @@ def _attend(
     key: Tensor,
     value: Tensor,
     visible: Visible | Tensor | None,
-    scaling: float | None,
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
@@ -180,22 +200,18 @@ def _attend(
             f"{name} attention got a mask of shape {tuple(visible.shape)}, which it cannot honour: pass a 2-D padding "
             'mask (batch, tokens), or cu_seq_lens for packed documents, or attn_implementation="sdpa"'
         )
-    refusal = _refusal(module, query, key, visible, dropout, kwargs)
+    refusal = _refusal(module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
         raise ValueError(f'{name} attention in {type(module).__name__}: {refusal}; or use attn_implementation="sdpa"')
-    q_tokens, tokens, bounds = query.shape[2], key.shape[2], None
-    is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = visible.is_causal if visible is not None else getattr(module, "is_causal", True)
+    tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
     if visible is not None:
-        tokens, bounds = visible.tokens, visible.bounds
+        tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         bounds = document_bounds(cu_seqlens, tokens)
-    out = attend(
-        query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal), scale=scaling
-    )
-    assert out.shape[2] == q_tokens
+    out = attend(query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal))
     return out.transpose(1, 2), None
 
 
@@ -213,6 +229,7 @@ def _refusal(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     visible: Visible | None,
     dropout: float,
     kwargs: dict[str, Any],
@@ -230,6 +247,11 @@ def _refusal(
         )
     if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
         return "cross-attention cannot be dilated: queries and keys share no segments"
+    if not query.shape[3] == key.shape[3] == value.shape[3]:
+        return (
+            f"head dims that differ (q {query.shape[3]}, k {key.shape[3]}, v {value.shape[3]}) cannot be honoured: "
+            "pad the values to those of the keys"
+        )
     tokens = key.shape[2]
     if visible is None:
         if query.shape[2] != tokens:
@@ -284,6 +306,22 @@ def pattern_of(config: PreTrainedConfig) -> DilationPattern:
     return _pattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
 
 
+def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
+    """Read the pattern that a config holds in sparse_block, sparse_summary and, if not the block, sparse_stride.
+
+    Raises:
+        ValueError: the config holds none, or one that `SparseFixedPattern` refuses.
+    """
+    block, summary = getattr(config, "sparse_block", None), getattr(config, "sparse_summary", None)
+    if block is None or summary is None:
+        raise ValueError(
+            f'attn_implementation="sparse_fixed" needs a pattern, and {type(config).__name__} holds none: call '
+            "longnet.model.use_sparse_fixed_attention(model, pattern) on the loaded model, or set sparse_block and "
+            "sparse_summary in the config"
+        )
+    return SparseFixedPattern(block, summary, getattr(config, "sparse_stride", None))
+
+
 @functools.lru_cache(maxsize=256)
 def _pattern(lengths: tuple[int, ...], rates: tuple[int, ...], head_offsets: HeadOffsets) -> DilationPattern:
     return DilationPattern(lengths, rates, head_offsets)
@@ -315,6 +353,22 @@ def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
     )  # fmt: skip
 
 
+def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) -> None:
+    """Turn a loaded Hugging Face model into a Sparse Transformer with the fixed pattern, in place.
+
+    Args, errors and what is saved are those of `use_dilated_attention`.
+    """
+    if not isinstance(pattern, SparseFixedPattern):
+        raise TypeError(f"pattern must be a SparseFixedPattern, got {type(pattern).__name__}")
+    _use(
+        model,
+        "sparse_fixed",
+        sparse_block=pattern.block,
+        sparse_summary=pattern.summary,
+        sparse_stride=pattern.stride,
+    )
+
+
 def _use(model: nn.Module, name: str, **fields: Any) -> None:
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not models:
@@ -323,15 +377,20 @@ def _use(model: nn.Module, name: str, **fields: Any) -> None:
     for inner in models:
         if inner.config._attn_implementation != name:
             raise ValueError(f"{type(inner).__name__} does not let its attention be chosen through AttentionInterface")
-    for config in {id(config): config for config in map(_config_of, model.modules()) if config is not None}.values():
+    for config in {id(module.config): module.config for module in model.modules() if _has_config(module)}.values():
         for field, value in fields.items():
             setattr(config, field, value)
 
 
-def _config_of(module: nn.Module) -> PreTrainedConfig | None:
-    config = getattr(module, "config", None)
-    return config if isinstance(config, PreTrainedConfig) else None
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _config_of(module: nn.Module) -> PreTrainedConfig:
+    return cast("PreTrainedConfig", module.config)
 
 
 AttentionInterface.register("dilated", dilated_attention_forward)
 AttentionMaskInterface.register("dilated", visible_tokens)
+AttentionInterface.register("sparse_fixed", sparse_fixed_attention_forward)
+AttentionMaskInterface.register("sparse_fixed", visible_tokens)
