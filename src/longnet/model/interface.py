@@ -6,7 +6,6 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.output_capturing import _active_collector
 
 from longnet.attention.dilated import attend_within, document_bounds, padding_bounds
-from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.visibility import read_bounds
 
@@ -303,7 +302,7 @@ def pattern_of(config: PreTrainedConfig) -> DilationPattern:
             "longnet.use_dilated_attention(model, pattern) on the loaded model, or set segment_lengths and "
             "dilation_rates in the config"
         )
-    return _pattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
+    return DilationPattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
 
 
 def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
@@ -320,11 +319,6 @@ def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
             "sparse_summary in the config"
         )
     return SparseFixedPattern(block, summary, getattr(config, "sparse_stride", None))
-
-
-@functools.lru_cache(maxsize=256)
-def _pattern(lengths: tuple[int, ...], rates: tuple[int, ...], head_offsets: HeadOffsets) -> DilationPattern:
-    return DilationPattern(lengths, rates, head_offsets)
 
 
 def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
