@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2LMHeadModel,
@@ -279,6 +281,12 @@ def test_a_decoder_made_bidirectional(by):
         model.config.is_causal = False
     torch.testing.assert_close(run(model, **keyword), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(run(model, is_causal=True), run(sdpa), atol=1e-5, rtol=0)
+
+
+def test_a_model_that_does_not_let_its_attention_be_chosen():
+    model = BloomForCausalLM(BloomConfig(vocab_size=101, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(ValueError, match="BloomForCausalLM does not let its attention be chosen"):
+        longnet.use_dilated_attention(model, ONE_BRANCH)
 
 
 def test_cu_seq_lens_beside_what_they_exclude():
