@@ -10,9 +10,11 @@ import pytest
 
 _HEAD = """# Compatibility
 
-Written by `pytest tests/model --compatibility-table docs/compatibility.md`: a ✓ stands only where every test of that
-family and feature passed in that run, on the CPU, with {versions}. A – has no test, mostly because the family has no
-such feature: an encoder does not generate.
+Written by `pytest tests/model -m "not deep" --compatibility-table docs/compatibility.md`: a ✓ stands only where every
+test of that family and feature passed in that run, on the CPU. A – has no test, mostly because the family has no such
+feature: an encoder does not generate. The models are tiny and random; what is compared with what, the tests say.
+
+Versions: {versions}.
 
 """
 

@@ -4,11 +4,17 @@ import copy
 import json
 import math
 
+import datasets
 import pytest
 import torch
 import torch._dynamo.testing
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from model_families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -253,12 +259,6 @@ def trained(family):
     ],
 )
 def test_int8(family, kind):
-    from torchao.quantization import (
-        Int8DynamicActivationInt8WeightConfig,
-        Int8WeightOnlyConfig,
-        quantize_,
-    )
-
     model, ids = trained(family)
     with torch.no_grad():
         before = model(ids, labels=ids).loss.exp()
@@ -271,24 +271,20 @@ def test_int8(family, kind):
 
 
 def byte_tokenizer(path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<s>"])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path))
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<s>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
 
 
 @pytest.mark.feature("lm-eval on a local task")
 @pytest.mark.parametrize("family", CAUSAL)
-def test_lm_eval(family, tmp_path):
+def test_lm_eval(family, tmp_path, monkeypatch):
     """The byte perplexity that lm-eval finds is the one of the model's own logits."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tokenizer = byte_tokenizer(tmp_path / "tokenizer.json")
     documents = ["In the beginning there was one segment.", "A key that three branches see counts three times."]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

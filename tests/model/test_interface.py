@@ -264,6 +264,15 @@ def test_a_mask_is_read_once_and_returned_as_it_is():
     assert create_causal_mask(config_of(), embeddings, visible, None) is visible
 
 
+def test_opcheck_of_the_documents():
+    before = torch.tensor([[False, True, True, False, True]])
+    following = torch.zeros_like(before)
+    whole = torch.ones_like(before)
+    torch.library.opcheck(torch.ops.longnet.documents_seen, (before, following, whole, 5, False, True, True))
+    found = torch.ops.longnet.documents_seen(before, following, whole, 5, False, True, False)
+    assert found.tolist() == [[0, 0, 3], [0, 3, 5]]
+
+
 def test_documents_are_read_from_positions():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     visible = create_causal_mask(config_of(), torch.zeros(2, 9, 4), None, None, position_ids=positions)

@@ -75,7 +75,10 @@ def visible_tokens(
     """Describe a mask: the mask function of "dilated" and "sparse_fixed", with the signature of transformers.
 
     Documents packed into a row reach this function only inside `mask_function`, which is asked at O(T) points: where
-    a token cannot see the one before, a document starts. The same points prove that the mask has no other shape.
+    a token cannot see the one before, a document starts. The same points rule out windows, chunks and image blocks.
+
+    Raises:
+        ValueError: padding within a row's real tokens, or a mask that is no documents end to end.
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
@@ -115,7 +118,7 @@ def _window_refusal(window: int | None, tokens: int) -> str:
     return (
         f"a sliding window or chunk of {window} over {tokens} tokens cannot be honoured: dilated attention has its own "
         "local branch. Switch the window off in the config (sliding_window=None, or layer_types all 'full_attention'), "
-        f"or keep sequences within it"
+        "or keep sequences within it"
     )
 
 
@@ -201,7 +204,10 @@ def _attend(
         )
     refusal = _refusal(module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
-        raise ValueError(f'{name} attention in {type(module).__name__}: {refusal}; or use attn_implementation="sdpa"')
+        raise ValueError(
+            f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
+            'attn_implementation="sdpa" or "eager"'
+        )
     tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
     if visible is not None:
         tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal

@@ -21,9 +21,9 @@ def read_bounds(
 ) -> Tensor:
     """Find the documents of a mask that is causal, or full, within documents packed end to end.
 
-    A token starts a document where it cannot see the one before. That every token sees its document's first, and in
-    a mask that is not causal its last, and none sees the next of a causal one, proves the shape: windows, chunks and
-    blocks of images fail there.
+    A token starts a document where it cannot see the one before. Every token must see its document's first, in a mask
+    that is not causal its last too, and in a causal one not the next: transformers' windows, chunks and blocks of image
+    tokens fail there.
 
     Args:
         mask_function: (batch, head, query, key) indices → may the query see the key? Not asked about padding.
