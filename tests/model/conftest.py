@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from model.families import FAMILIES
+
 _HEAD = """# Compatibility
 
 Written by `pytest tests/model -m "not deep" --compatibility-table docs/compatibility.md`: a ✓ stands only where every
@@ -53,7 +55,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     features = list(dict.fromkeys(feature for feature, _ in results))
     found = {family for _, family in results}
-    from model_families import FAMILIES  # noqa: PLC0415  # pytest puts this folder on the path after this file is read
 
     families = [family for family in FAMILIES if family in found]
     signs = {None: "–", True: "✓", False: "✗"}

@@ -11,7 +11,6 @@ import torch._dynamo.testing
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from model_families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -25,6 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.masking_utils import create_masks_for_generate
+
+from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from model_families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 from transformers import DynamicCache, StaticCache
 
 from longnet.attention.reference import multiplicity
+from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
 DROP_IN = {"atol": 1e-5, "rtol": 0}  # the claim: logits and gradients of sdpa to 1e-5

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from model_families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, build, dilated, positions_of, tokens_of
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -27,6 +26,7 @@ from longnet import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import use_sparse_fixed_attention
 from longnet.model.interface import Visible, dilated_attention_forward
+from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
 

@@ -135,8 +135,10 @@ def attend_within(
     Returns:
         out (B, H, Tq, D) and lse (B, H, Tq).
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device_type = q.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # As PyTorch's own operators do, float64 stays.
+        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
@@ -159,7 +161,9 @@ def _check(
     dropout_p: float,
 ) -> None:
     if not isinstance(pattern, DilationPattern):
-        raise TypeError(f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text")
+        raise TypeError(
+            f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text"
+        )
     if dropout_p != 0:
         raise NotImplementedError(
             f"dilated attention has no attention dropout yet, got dropout_p={dropout_p}: set it to 0 "
@@ -187,7 +191,8 @@ def _check(
             raise ValueError(f"padding_mask must be bool, True for real tokens, got {padding_mask.dtype}: mask.bool()")
         if padding_mask.shape != (k.shape[0], k.shape[2]):
             raise ValueError(
-                f"padding_mask must be (batch, tokens of k) = {(k.shape[0], k.shape[2])}, got {tuple(padding_mask.shape)}"
+                f"padding_mask must be (batch, tokens of k) = {(k.shape[0], k.shape[2])}, "
+                f"got {tuple(padding_mask.shape)}"
             )
     if cu_seqlens is not None:
         if k.shape[0] != 1:
@@ -215,8 +220,8 @@ def padding_bounds(padding_mask: Tensor) -> Tensor:
     torn = (run != mask).any(1).nonzero().flatten().tolist()
     if torn:
         raise ValueError(
-            f"padding_mask: the real tokens of a row must lie side by side, with padding only before or after; rows {torn[:8]} "
-            "have gaps. Several documents in a row are packed with cu_seqlens"
+            "padding_mask: the real tokens of a row must lie side by side, with padding only before or after; "
+            f"rows {torn[:8]} have gaps. Several documents in a row are packed with cu_seqlens"
         )
     return torch.stack([torch.arange(rows), starts, starts + counts], 1)
 
@@ -240,12 +245,11 @@ def document_bounds(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 @document_bounds.register_fake
-def _(cu_seqlens: Tensor, tokens: int) -> Tensor:  # noqa: ARG001
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return cu_seqlens.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("longnet::dilated_attention", mutates_args=())
-def _op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -268,13 +272,15 @@ def _op(
     return out.to(q.dtype), lse
 
 
+_op = torch.library.custom_op("longnet::dilated_attention", _forward, mutates_args=())
+
+
 @_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_like(rows_dense(q)).to(q.dtype), empty_lse(rows_dense(q))
 
 
-@torch.library.custom_op("longnet::dilated_attention_backward", mutates_args=())
-def _op_backward(
+def _backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -300,8 +306,11 @@ def _op_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+_op_backward = torch.library.custom_op("longnet::dilated_attention_backward", _backward, mutates_args=())
+
+
 @_op_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (empty_like(rows_dense(x)).to(x.dtype) for x in (q, k, v))
     return dq, dk, dv
 
@@ -318,6 +327,30 @@ def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor
 
 
 _op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+@register_flop_formula(torch.ops.longnet.dilated_attention, get_raw=True)
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor | None,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    is_causal: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    tiles, _complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
+    return 4 * q.shape[3] * sum(tile.pairs for tile in tiles)
+
+
+@register_flop_formula(torch.ops.longnet.dilated_attention_backward, get_raw=True)
+def _flops_backward(
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **__: Any
+) -> int:
+    return _flops(q, k, v, *rest) * 5 // 2  # five matrix products where the forward has two
 
 
 def _plan(

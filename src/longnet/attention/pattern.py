@@ -210,6 +210,9 @@ class DilationPattern:
         """
         if tokens <= 1:
             return 0
+        longest = max(self.segment_lengths)
+        if tokens > longest and all(longest % length == 0 for length in self.segment_lengths):
+            return math.inf  # every branch has a boundary there
         sizes = sorted({*self.segment_lengths, *self.dilation_rates})
         if all(large % small == 0 for small, large in itertools.combinations(sizes, 2)):
             return self._hops_nested(tokens)

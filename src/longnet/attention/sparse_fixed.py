@@ -148,8 +148,10 @@ def sparse_fixed_attention(
         raise ValueError(f"q must be (B, H, Tq, D), k and v (B, G, T, D), got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"H must be a multiple of G, Tq at most T, and the dtypes one, got {shapes}")
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device_type = q.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # As PyTorch's own operators do, float64 stays.
+        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out: Tensor = _op(q, k, v, bounds, pattern.block, pattern.step, pattern.summary, scale, backend)[0]

@@ -29,13 +29,12 @@ def attend_tiles(
         lse: (B, H, Tq), from `empty_lse`.
         scale: factor on q·k.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        for tile in tiles:
-            for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
-                tile_out, tile_lse = kernel.attend(
-                    block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
-                )
-                merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
+    for tile in tiles:
+        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
+            tile_out, tile_lse = kernel.attend(
+                block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
+            )
+            merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
 
 
 def differentiate_tiles(
@@ -66,17 +65,16 @@ def differentiate_tiles(
         scale: factor on q·k.
     """
     dq, dk, dv = grads
-    with torch.autocast(q.device.type, enabled=False):
-        for tile in tiles:
-            for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
-                parts = kernel.attend_backward(
-                    block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
-                    is_causal=tile.is_causal, scale=scale,
-                )  # fmt: skip
-                _accumulate(block.q(dq), parts[0], is_first=block.q_first)
-                for grad, part in zip((dk, dv), parts[1:], strict=True):
-                    once = part.sum(block.shared, keepdim=True) if block.shared else part
-                    _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
+    for tile in tiles:
+        for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
+            parts = kernel.attend_backward(
+                block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
+                is_causal=tile.is_causal, scale=scale,
+            )  # fmt: skip
+            _accumulate(block.q(dq), parts[0], is_first=block.q_first)
+            for grad, part in zip((dk, dv), parts[1:], strict=True):
+                once = part.sum(block.shared, keepdim=True) if block.shared else part
+                _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
 
 
 def rows_dense(x: Tensor) -> Tensor:

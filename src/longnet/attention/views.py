@@ -61,6 +61,12 @@ class Tile:
     is_first: bool
     axes: tuple[Axis, ...]
 
+    @property
+    def pairs(self) -> int:
+        """The (query, key) pairs of all repetitions."""
+        pairs = self.q_rows * (self.q_rows + 1) // 2 if self.is_causal else self.q_rows * self.k_rows
+        return pairs * math.prod(axis.size for axis in self.axes)
+
 
 class Plan(NamedTuple):
     """The tiles of one call; `is_complete` when their `is_first` ones write every query."""
@@ -139,9 +145,11 @@ def _segment_tiles(
     is_causal: bool,
     is_first: bool,
 ) -> Iterator[Tile]:
-    """Yield the tiles of `count` equal segments from `run.start` on, of which positions from `queried` on are queries."""
+    """Yield the tiles of `count` equal segments from `run.start` on, queried from position `queried` of each on."""
     group = num_heads // num_kv_heads
-    per_offset = -(-num_kv_heads // rate)  # heads of each of the first `full_offsets` offsets; later ones: `heads_after`
+    per_offset = -(
+        -num_kv_heads // rate
+    )  # heads of each of the first `full_offsets` offsets; later ones: `heads_after`
     if pattern.head_offsets == "mod":
         offset_step, head_step, offsets = 1, rate, min(rate, num_kv_heads)
         full_offsets, heads_after = num_kv_heads - rate * (per_offset - 1), per_offset - 1
@@ -197,11 +205,15 @@ class Block(NamedTuple):
 
     def q(self, x_BHT: Tensor) -> Tensor:
         """View the rows of the queries, or of anything laid out like them: (batch, heads, rows, …)."""
-        return self._view(x_BHT, (self.batch.q_head, self.heads.q_head), self.tile.q_head, self.tile.q_start, self.tile.q_rows)
+        return self._view(
+            x_BHT, (self.batch.q_head, self.heads.q_head), self.tile.q_head, self.tile.q_start, self.tile.q_rows
+        )
 
     def kv(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, or of anything laid out like them; an axis that shares them has stride 0."""
-        return self._view(x_BGT, (self.batch.kv_head, self.heads.kv_head), self.tile.kv_head, self.tile.k_start, self.tile.k_rows)
+        return self._view(
+            x_BGT, (self.batch.kv_head, self.heads.kv_head), self.tile.kv_head, self.tile.k_start, self.tile.k_rows
+        )
 
     def kv_once(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, each once: size 1 on an axis that shares them. For what is added up there."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _INT32_MAX = 2**31 - 1
 _aten = torch.ops.aten
+_Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Kernel(Protocol):
@@ -29,17 +30,8 @@ class Kernel(Protocol):
         """Return (out, lse)."""
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         """Return (dq, dk, dv)."""
 
 
@@ -48,7 +40,7 @@ class FlashCPU:
 
     name = "flash (CPU)"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:  # noqa: ARG002
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
             return f"runs on the CPU, not on {device.type}"
         if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -60,17 +52,8 @@ class FlashCPU:
         return out, lse
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, is_causal, scale=scale
         )
@@ -109,7 +92,7 @@ class CuDNN(_CUDA):
     head_dims = 128
 
     def is_enabled(self) -> bool:
-        return torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
+        return bool(torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_int32_addressable(x) for x in (q, k, v))
@@ -119,17 +102,8 @@ class CuDNN(_CUDA):
         return out, lse.reshape(q.shape[:3])
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         dout, q, k, v, out = (_int32_addressable(x) for x in (dout, q, k, v, out))
         unused = q.new_empty((), dtype=torch.int64)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -145,7 +119,7 @@ class FlashCUDA(_CUDA):
     name = "flash (CUDA)"
 
     def is_enabled(self) -> bool:
-        return torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+        return torch.backends.cuda.is_flash_attention_available() and bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_int32_addressable(x) for x in (q, k, v))
@@ -153,17 +127,8 @@ class FlashCUDA(_CUDA):
         return out, lse
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         dout, q, k, v, out = (_int32_addressable(x) for x in (dout, q, k, v, out))
         unused = q.new_empty((), dtype=torch.uint64)
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
@@ -182,7 +147,7 @@ class Efficient(_CUDA):
     head_dims = 2**16
 
     def is_enabled(self) -> bool:
-        return torch.backends.cuda.mem_efficient_sdp_enabled()
+        return bool(torch.backends.cuda.mem_efficient_sdp_enabled())  # type: ignore[no-untyped-call]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_int32_addressable(x) for x in (q, k, v))
@@ -190,17 +155,8 @@ class Efficient(_CUDA):
         return out, lse[..., : q.shape[2]]  # its rows are padded to a multiple of 32
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         dout, q, k, v, out = (_int32_addressable(x) for x in (dout, q, k, v, out))
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
         unused = q.new_empty((), dtype=torch.int64)
@@ -215,7 +171,7 @@ class Math:
 
     name = "math"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:  # noqa: ARG002
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None if dtype.is_floating_point and dtype.itemsize >= 2 else f"has no {dtype}"
 
     def _scores(self, q: Tensor, k: Tensor, *, is_causal: bool, scale: float) -> Tensor:
@@ -227,26 +183,19 @@ class Math:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v = (_at_least_float32(x) for x in (q, k, v))
-        scores = self._scores(q, k, is_causal=is_causal, scale=scale)
-        lse = torch.logsumexp(scores, -1)
-        return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
+        with torch.autocast(q.device.type, enabled=False):
+            scores = self._scores(q, k, is_causal=is_causal, scale=scale)
+            lse = torch.logsumexp(scores, -1)
+            return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
 
     def attend_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
+    ) -> _Grads:
         dout, q, k, v, out = (_at_least_float32(x) for x in (dout, q, k, v, out))
-        p = torch.exp(self._scores(q, k, is_causal=is_causal, scale=scale) - lse.unsqueeze(-1))
-        ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
-        return ds @ k, ds.mT @ q, p.mT @ dout
+        with torch.autocast(q.device.type, enabled=False):
+            p = torch.exp(self._scores(q, k, is_causal=is_causal, scale=scale) - lse.unsqueeze(-1))
+            ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
+            return ds @ k, ds.mT @ q, p.mT @ dout
 
 
 KERNELS: tuple[Kernel, ...] = (FlashCPU(), CuDNN(), FlashCUDA(), Efficient(), Math())  # the fastest first

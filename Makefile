@@ -1,0 +1,51 @@
+# make demo   installs into .venv and runs the benchmark of the op in its quick form
+# make test   installs and tests; make check lints, types and layers; make fix formats
+.PHONY: install fix check test test-deep test-gpu bench demo
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TORCH := 2.13.0
+# Without a GPU the CPU build of torch, which plain pip finds only where an index of such builds is set up; uv knows one.
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+# One thread a worker: two test processes share the cores better than their threads would.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "LongNet needs Python 3.11 or later")'
+	python3 -m venv .venv
+ifeq ($(HAS_GPU),)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)+cpu \
+	  || ($(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH))
+else
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch
+endif
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+fix: install
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+check: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: install
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu"
+
+test-deep: install
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu" --hypothesis-profile deep --timeout 36000
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+bench: install
+	$(BIN)/longnet bench attention
+
+demo: install
+	$(BIN)/longnet bench attention --quick --output runs/demo

@@ -1,0 +1,281 @@
+"""`longnet bench attention`: the op against dense attention, against its bare kernel calls, by length, by memory.
+
+Nothing is timed before the op has agreed with an independent path (`gathered`) on the very tensors of the case.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from longnet.attention.backends import dispatch
+from longnet.attention.dilated import dilated_attention
+from longnet.attention.pattern import DilationPattern
+from longnet.bench.record import interleaved
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `longnet bench attention` measures.
+
+    Attributes:
+        lengths: tokens of the comparison with dense attention, with the paper's pattern.
+        token_lengths: tokens at which the time per token is measured, geometric pattern up to that length.
+        memory_length: tokens at which the peak memory is measured.
+        num_heads: query, key and value heads.
+        token_heads: the same where the time per token is measured; the gate there copies every branch.
+        head_dim: channels of a head.
+        repeats: counted rounds; figures are medians.
+    """
+
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
+    token_lengths: tuple[int, ...] = (32768, 131072, 1048576)
+    memory_length: int = 262144
+    num_heads: int = 4
+    token_heads: int = 2
+    head_dim: int = 64
+    repeats: int = 3
+
+
+QUICK = Settings(lengths=(2048, 4096, 8192, 16384), token_lengths=(8192, 32768), memory_length=65536, repeats=2)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The rows that one branch keeps in one head, copied: what a kernel is called with when nothing is strided."""
+
+    head: int
+    index: Tensor  # [segments, rows], positions
+    q: Tensor  # [segments, 1, rows, D]
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
+class GateError(Exception):
+    """The op disagreed with the gathered path; no figure is reported."""
+
+
+def run(settings: Settings, device: torch.device) -> Iterator[Row]:
+    """Measure every case, yielding rows as they come.
+
+    Raises:
+        GateError: the op gave a wrong result.
+    """
+    for tokens in settings.lengths:
+        yield compare(tokens, DilationPattern.paper(), settings, device)
+    yield from per_token(settings, device)
+    yield memory(settings, device)
+
+
+def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: torch.device) -> Row:
+    """Time dense attention, the op, and the op's bare kernel calls on gathered rows, in one run (paper, Figure 5)."""
+    q, k, v, dout = _tensors(tokens, settings, device)
+    gathered = gather(q, k, v, dout, pattern)
+    gate(q, k, v, dout, pattern, gathered)
+    by_shape = _stack(gathered)
+
+    def dense() -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def dilated() -> Tensor:
+        return dilated_attention(q, k, v, pattern, is_causal=True)
+
+    def backward(forward: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(), (q, k, v), dout)
+
+    def without_grad(forward: Callable[[], Tensor]) -> Callable[[], object]:
+        return torch.no_grad()(forward)
+
+    forward_times = interleaved(
+        [without_grad(dense), without_grad(dilated), lambda: _bare(by_shape, backward=False)], settings.repeats, device
+    )
+    both_times = interleaved(
+        [backward(dense), backward(dilated), lambda: _bare(by_shape, backward=True)], settings.repeats, device
+    )
+    flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
+    dense_flops = 4 * settings.head_dim * settings.num_heads * tokens * (tokens + 1) // 2
+    return {
+        "case": "compare",
+        "pattern": str(pattern),
+        "tokens": tokens,
+        "heads": settings.num_heads,
+        "head_dim": settings.head_dim,
+        "dtype": str(q.dtype).removeprefix("torch."),
+        **{f"forward_{name}_s": t for name, t in zip(("dense", "dilated", "bare"), forward_times, strict=True)},
+        **{f"both_{name}_s": t for name, t in zip(("dense", "dilated", "bare"), both_times, strict=True)},
+        "forward_speedup": forward_times[0] / forward_times[1],
+        "both_speedup": both_times[0] / both_times[1],
+        "forward_over_bare": forward_times[1] / forward_times[2],
+        "both_over_bare": both_times[1] / both_times[2],
+        "flop_ratio": dense_flops / flops,
+    }
+
+
+def per_token(settings: Settings, device: torch.device) -> Iterator[Row]:
+    """Time the forward pass per token as the sequence, and with it the geometric pattern, grows."""
+    first = None
+    settings = replace(settings, num_heads=settings.token_heads)
+    for tokens in settings.token_lengths:
+        pattern = DilationPattern.geometric(2048, tokens)
+        q, k, v, dout = _tensors(tokens, settings, device)
+        gate(q, k, v, dout, pattern, gather(q, k, v, dout, pattern))
+        with torch.no_grad():
+            # A short run is repeated so that every length is timed over as much work.
+            rounds = max(1, settings.token_lengths[-1] // tokens // 4)
+            seconds = [
+                interleaved([lambda: dilated_attention(q, k, v, pattern, is_causal=True)], 1, device)[0]  # noqa: B023
+                for _ in range(rounds)
+            ]
+        each = sorted(seconds)[len(seconds) // 2] / tokens
+        flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
+        first = first or each
+        yield {
+            "case": "per_token",
+            "pattern": str(pattern),
+            "tokens": tokens,
+            "heads": settings.num_heads,
+            "head_dim": settings.head_dim,
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "forward_us_per_token": each * 1e6,
+            "flops_per_token": flops / tokens,
+            "over_shortest": each / first,
+        }
+
+
+def memory(settings: Settings, device: torch.device) -> Row:
+    """Measure by how much the forward pass, its output included, raises the peak memory of a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        grown, held = pool.submit(_peak_growth, settings, str(device)).result()
+    return {
+        "case": "memory",
+        "pattern": str(DilationPattern.paper()),
+        "tokens": settings.memory_length,
+        "heads": settings.num_heads,
+        "head_dim": settings.head_dim,
+        "peak_growth_bytes": grown,
+        "qkv_out_bytes": held,
+        "growth_over_qkv_out": grown / held,
+    }
+
+
+def _peak_growth(settings: Settings, device_name: str) -> tuple[int, int]:
+    device = torch.device(device_name)
+
+    with torch.no_grad():
+        small = _tensors(4096, settings, device)[:3]
+        dilated_attention(*small, DilationPattern.paper(), is_causal=True)  # libraries load their parts
+        q, k, v, _ = _tensors(settings.memory_length, settings, device)
+        before = _peak_bytes(device, reset=True)
+        out = dilated_attention(q, k, v, DilationPattern.paper(), is_causal=True)
+    return _peak_bytes(device) - before, sum(x.numel() * x.element_size() for x in (q, k, v, out))
+
+
+def _peak_bytes(device: torch.device, *, reset: bool = False) -> int:
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:  # Linux: getrusage would count what the parent process once held
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
+
+
+def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern) -> list[Gathered]:
+    """Copy out the rows that each branch keeps in each head, by index, whole and ragged segments apart."""
+    tokens, heads = q.shape[2], q.shape[1]
+    positions = torch.arange(tokens, device=q.device)
+    parts = []
+    for length, rate in pattern.branches:
+        whole = tokens // length * length
+        for segments in (positions[:whole].view(-1, length), positions[whole:].view(1, -1)):
+            for head in range(heads):
+                index = segments[:, pattern.offset(rate, head, heads) :: rate]
+                if index.numel():
+                    rows = (x.detach()[0, head, index].unsqueeze(1) for x in (q, k, v, dout))
+                    parts.append(Gathered(head, index, *rows))
+    return parts
+
+
+def gate(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern, gathered: Sequence[Gathered]) -> None:
+    """Compare the op, forward and gradients, with one softmax over the gathered branches, per head, on these tensors.
+
+    Raises:
+        GateError: a relative error (Frobenius) above 1e-5 in float32, 2e-2 in half precision.
+    """
+    out = dilated_attention(q, k, v, pattern, is_causal=True)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    expected = _expected(q, gathered)
+    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
+    for name, got, want in zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), expected, strict=True):
+        error = ((got.float() - want).norm() / want.norm()).item()
+        if not error <= tolerance:
+            raise GateError(f"{name} is off by {error:.1e} (relative) at {q.shape[2]} tokens with {pattern}; not timed")
+
+
+def _expected(q: Tensor, gathered: Sequence[Gathered]) -> list[Tensor]:
+    kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3])
+    scale = q.shape[3] ** -0.5
+    lses = torch.full((q.shape[1], q.shape[2], 1), -torch.inf, device=q.device)
+    results = []
+    for part in gathered:
+        out, lse = kernel.attend(part.q, part.k, part.v, is_causal=True, scale=scale)
+        results.append((part, out[:, 0], lse[:, 0, :, None].float()))
+        lses[part.head, part.index] = torch.logaddexp(lses[part.head, part.index], results[-1][2])
+    totals = [torch.zeros(q.shape[1:], device=q.device) for _ in range(4)]
+    for part, part_out, lse in results:
+        totals[0][part.head, part.index] += torch.exp(lse - lses[part.head, part.index]) * part_out
+    for part, _, _ in results:
+        merged_out = totals[0][part.head, part.index].to(q.dtype).unsqueeze(1)
+        merged_lse = lses[part.head, part.index, 0].unsqueeze(1)
+        grads = kernel.attend_backward(
+            part.dout, part.q, part.k, part.v, merged_out, merged_lse, is_causal=True, scale=scale
+        )
+        for total, grad in zip(totals[1:], grads, strict=True):
+            total[part.head, part.index] += grad[:, 0]
+    return [total.unsqueeze(0) for total in totals]
+
+
+def _stack(gathered: Sequence[Gathered]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Stack the heads of a branch, so that the bare calls are as few as a kernel allows."""
+    groups: dict[tuple[int, ...], list[Gathered]] = {}
+    for part in gathered:
+        groups.setdefault((*part.index.shape, int(part.index[0, -1] - part.index[0, 0])), []).append(part)
+    return [
+        tuple(torch.cat([getattr(part, name) for part in parts], 1) for name in ("q", "k", "v", "dout"))  # type: ignore[misc]
+        for parts in groups.values()
+    ]
+
+
+def _bare(blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], *, backward: bool) -> None:
+    for q, k, v, dout in blocks:
+        kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3])
+        out, lse = kernel.attend(q, k, v, is_causal=True, scale=q.shape[3] ** -0.5)
+        if backward:
+            kernel.attend_backward(dout, q, k, v, out, lse, is_causal=True, scale=q.shape[3] ** -0.5)
+
+
+def _tensors(tokens: int, settings: Settings, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The layout that a model's projections give: (B, T, H, D) in memory, seen as (B, H, T, D).
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shape = (1, tokens, settings.num_heads, settings.head_dim)
+    q, k, v, dout = (
+        torch.randn(shape, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in "qkvo"
+    )
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout

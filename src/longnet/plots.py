@@ -1,0 +1,100 @@
+"""Pictures, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
+
+from longnet.attention.pattern import DilationPattern, kept_rows
+
+_PIXELS = 256
+_DRAWN_TOKENS = 2**22
+_DENSE, _DILATED, _IDEAL = "#9a6b4f", "#1f6f8b", "#b7c4c9"
+
+
+def visibility(
+    pattern: DilationPattern, branch: int, *, tokens: int, head: int, num_heads: int, is_causal: bool
+) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """Return which of a head's keys each query sees in one branch, as (n, n) bins of tokens, queries first.
+
+    n = min(tokens, 256). A bin pair is True where any query of the one sees any key of the other.
+    """
+    length, rate = pattern.branches[branch]
+    size = min(tokens, _PIXELS)
+    seen = np.zeros((size, size), dtype=np.bool_)
+    offset = pattern.offset(rate, head, num_heads)
+    for start in range(0, tokens, length):
+        rows = kept_rows(min(length, tokens - start), rate, offset)
+        bins = np.unique((start + offset + rate * np.arange(rows, dtype=np.int64)) * size // tokens)
+        seen[np.ix_(bins, bins)] = True
+    return np.tril(seen) if is_causal else seen
+
+
+def draw_pattern(pattern: DilationPattern, path: Path, *, tokens: int, num_heads: int, is_causal: bool = True) -> None:
+    """Draw which keys (across) each query (down) sees: a column per head, a row per branch, and all branches last.
+
+    Args:
+        pattern: the branches.
+        path: where the picture goes; its suffix is the format.
+        tokens: sequence length; beyond 256 a pixel stands for several tokens.
+        num_heads: key/value heads; the first 8 are drawn.
+        is_causal: hide the keys after each query.
+
+    Raises:
+        ValueError: more than 2²² tokens, or a suffix that is no format.
+    """
+    if tokens > _DRAWN_TOKENS:
+        raise ValueError(f"can draw up to {_DRAWN_TOKENS:,} tokens, got {tokens:,}: scale the pattern down with them")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise ValueError(f"cannot draw {str(path)!r}: the suffix must be one of {', '.join(sorted(formats))}")
+    heads = min(num_heads, 8)
+    rows = len(pattern.branches) + 1
+    figure = Figure(figsize=(1.7 * heads + 1.1, 1.7 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, heads, squeeze=False)
+    for head in range(heads):
+        layers = [
+            visibility(pattern, branch, tokens=tokens, head=head, num_heads=num_heads, is_causal=is_causal)
+            for branch in range(rows - 1)
+        ]
+        counts = np.sum(layers, axis=0)
+        for row, layer in enumerate([*layers, counts]):
+            ax = axes[row][head]
+            ax.imshow(layer, cmap="GnBu", vmin=0, vmax=max(1, rows - 1), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0:
+                ax.set_title(f"head {head}", fontsize=9)
+        for row, label in enumerate([*(f"w={w}, r={r}" for w, r in pattern.branches), "all branches"]):
+            axes[row][0].set_ylabel(label, fontsize=9)
+    figure.suptitle(f"{tokens} tokens: queries down, keys across", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw run time against tokens, dilated and dense, from rows of `longnet bench attention` (paper, Figure 5)."""
+    rows = sorted((row for row in rows if row["case"] == "compare"), key=lambda row: int(row["tokens"]))
+    tokens = [row["tokens"] for row in rows]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
+    for ax, key, name in zip(panels, ("forward", "both"), ("forward", "forward + backward"), strict=True):
+        dense, dilated = ([1e3 * row[f"{key}_{which}_s"] for row in rows] for which in ("dense", "dilated"))
+        ideal = [seconds / row["flop_ratio"] for seconds, row in zip(dense, rows, strict=True)]
+        ax.loglog(tokens, dense, "o-", color=_DENSE, label="dense (SDPA)")
+        ax.loglog(tokens, dilated, "o-", color=_DILATED, label="dilated")
+        ax.loglog(tokens, ideal, "--", color=_IDEAL, label="dense ÷ FLOP ratio", zorder=0)
+        ax.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
+        ax.set_xticks([], minor=True)
+        ax.set_xlabel("tokens")
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds")
+    panels[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,64 @@
+"""What only a CUDA device can show: `make test-gpu`. Without one, backends/test_sdpa.py checks shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from cases import cases
+from longnet import DilationPattern, dilated_attention
+from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, rounding_floor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=100)
+@given(case=cases(head_dims=(8, 16, 64), max_tokens=200))
+def test_every_dtype_errs_no_more_than_plain_pytorch(case, dtype):
+    case.q, case.k, case.v = (x.to(dtype).double() for x in (case.q, case.k, case.v))
+    exact = case.run("reference", torch.float64)
+    plain = case.run("reference", dtype)
+    logit, magnitudes = case.magnitudes()
+    for name, got in case.run("sdpa", dtype, device="cuda").items():
+        factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
+        floor = rounding_floor(dtype, logit, magnitudes[name])
+        assert_as_good_as_plain(name, got.cpu(), plain[name], exact[name], factor, floor)
+
+
+@pytest.mark.parametrize("tokens", [64, 192, 320, 1000, 4096])
+def test_gradients_are_finite_where_cudnn_gave_nan(tokens):
+    pattern = DilationPattern((64, 192, 4096), (1, 3, 4))
+    q, k, v = (torch.randn(1, 8, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    out = dilated_attention(q, k, v, pattern, is_causal=True)
+    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_more_segments_than_a_grid_dimension():
+    q, k, v = torch.randn(3, 1, 2, 4 * 70_000, 64, device="cuda", dtype=torch.bfloat16)
+    out = dilated_attention(q, k, v, DilationPattern((4,), (1,)), is_causal=True)
+    tail = dilated_attention(*(x[:, :, -400:] for x in (q, k, v)), DilationPattern((4,), (1,)), is_causal=True)
+    torch.testing.assert_close(out[:, :, -400:], tail)
+
+
+def test_offsets_beyond_two_to_the_31():
+    q = torch.randn(1, 4, 64, 128, device="cuda", dtype=torch.bfloat16).repeat(1, 1, 2**16 + 8, 1)
+    out = dilated_attention(q, q, q, DilationPattern((64,), (1,)), is_causal=True)
+    assert out.numel() > 2**31
+    torch.testing.assert_close(out[:, :, -64:], out[:, :, :64])
+
+
+def test_compile_and_autocast():
+    pattern = DilationPattern((64, 128), (1, 2))
+    q, k, v = (torch.randn(2, 4, 200, 64, device="cuda", requires_grad=True) for _ in "qkv")
+
+    def loss(q, k, v):
+        return dilated_attention(q, k, v, pattern, is_causal=True).float().square().sum()
+
+    with torch.autocast("cuda", torch.bfloat16):
+        want = torch.autograd.grad(loss(q, k, v), (q, k, v))
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)

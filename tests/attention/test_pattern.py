@@ -1,0 +1,166 @@
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import patterns
+from longnet import DilationPattern
+from longnet.attention.reference import multiplicity
+
+
+def kept(pattern, tokens, heads):
+    """[branch][head] → the kept positions, from the definition."""
+    return [
+        [{p for p in range(tokens) if (p % w) % r == pattern.offset(r, g, heads)} for g in range(heads)]
+        for w, r in pattern.branches
+    ]
+
+
+@given(patterns(), st.integers(0, 60), st.integers(1, 5), st.integers(1, 2), st.booleans())
+def test_flops_count_every_pair(pattern, tokens, kv_heads, group, is_causal):
+    positions = torch.arange(tokens)[None]
+    count = multiplicity(positions, torch.zeros_like(positions), pattern, num_kv_heads=kv_heads, is_causal=is_causal)
+    flops = pattern.flops(
+        tokens=tokens, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=7, is_causal=is_causal
+    )
+    assert flops == 4 * 7 * group * int(count.sum())
+
+
+@given(patterns(), st.integers(1, 60), st.integers(1, 6))
+def test_coverage_counts_positions_that_some_head_keeps(pattern, tokens, heads):
+    shares = [len(set().union(*branch)) / tokens for branch in kept(pattern, tokens, heads)]
+    assert pattern.coverage(tokens=tokens, num_kv_heads=heads) == pytest.approx(shares)
+
+
+@given(patterns(), st.integers(1, 60))
+def test_state_rows_are_the_most_that_a_current_segment_can_hold(pattern, tokens):
+    rows = 0
+    for (w, r), (branch, *_) in zip(pattern.branches, kept(pattern, tokens, 1), strict=True):
+        rows += max(len({p for p in branch if p // w == now // w and p <= now}) for now in range(tokens))
+        assert r >= 1
+    assert pattern.state_rows(tokens=tokens) == rows
+
+
+def hops_by_search(pattern, tokens):
+    """Breadth-first search over the pairs themselves, every phase some head's."""
+    p = torch.arange(tokens)
+    joined = torch.eye(tokens, dtype=torch.bool)
+    for w, r in pattern.branches:
+        joined |= (p[:, None] // w == p // w) & ((p[:, None] % w) % r == (p % w) % r)
+    hops, reached = 0, torch.eye(tokens, dtype=torch.bool)
+    while not reached.all():
+        further = (reached.float() @ joined.float()) > 0
+        if torch.equal(further, reached):
+            return math.inf
+        hops, reached = hops + 1, further
+    return hops
+
+
+@settings(max_examples=100)
+@given(patterns(), st.integers(0, 40))
+def test_hops_of_any_pattern(pattern, tokens):
+    assert pattern.hops(tokens=tokens) == hops_by_search(pattern, tokens)
+
+
+@pytest.mark.parametrize(("segment_length", "factor"), [(2, 2), (4, 2), (8, 2), (3, 3), (9, 3), (4, 4)])
+def test_hops_of_geometric_patterns_in_closed_form(segment_length, factor):
+    pattern = DilationPattern.geometric(segment_length, 100, factor)
+    for tokens in (1, 2, 3, 5, 16, 31, 64, 81, 99, 100):
+        assert pattern.hops(tokens=tokens) == hops_by_search(pattern, tokens)
+
+
+def test_hops_grow_like_the_logarithm_of_the_length():
+    # With 4 rows a segment a hop settles two of a position's bits: half of log2(tokens) hops, brute force included.
+    for bits in range(2, 9):
+        pattern = DilationPattern.geometric(4, 2**bits)
+        assert pattern.hops(tokens=2**bits) == hops_by_search(pattern, 2**bits) == math.ceil(bits / 2)
+    assert DilationPattern.geometric(4, 2**30).hops(tokens=2**30) == 15
+    assert DilationPattern.geometric(2048, 2**30).hops(tokens=10**9) == 3
+    assert DilationPattern.paper().hops(tokens=32768) == 2
+    assert DilationPattern.paper().hops(tokens=32769) == math.inf
+
+
+def test_hops_that_cannot_be_had_say_so():
+    with pytest.raises(ValueError, match="no closed form for hops"):
+        DilationPattern.paper().hops(tokens=10**6)
+
+
+@given(patterns())
+def test_text_and_repr_read_back(pattern):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert DilationPattern.parse(str(pattern)) == pattern
+        assert eval(repr(pattern)) == pattern  # noqa: S307
+    assert hash(pattern) == hash(eval(repr(pattern))) if 1 in pattern.dilation_rates else True  # noqa: S307
+
+
+def test_known_patterns():
+    assert str(DilationPattern.paper()) == "2048:1,4096:2,8192:4,16384:6,32768:12"
+    assert str(DilationPattern.geometric(2048, 8192)) == "2048:1,4096:2,8192:4"
+    billion = DilationPattern.geometric(2048, 2**30)
+    assert len(billion.branches) == 20
+    assert billion.branches[-1] == (2**30, 2**19)
+    assert billion.state_rows(tokens=10**9) == 19 * 2048 + math.ceil(10**9 / 2**19)
+    assert repr(DilationPattern((4,), (1,))) == (
+        "DilationPattern(segment_lengths=(4,), dilation_rates=(1,), head_offsets='mod')"
+    )
+    assert DilationPattern([4, 8], [1, 2]) == DilationPattern((4, 8), (1, 2))
+
+
+def test_block_offsets_are_torchscales():
+    pattern = DilationPattern((8, 8), (1, 3), "block")
+    assert [pattern.offset(3, head, 8) for head in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [DilationPattern.paper().offset(12, head, 16) for head in (0, 11, 12, 15)] == [0, 11, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (((), ()), ValueError, "at least one branch"),
+        (((4, 8), (1,)), ValueError, "one dilation rate per segment length"),
+        (((0,), (1,)), ValueError, "at least 1, got 0"),
+        (((4,), (-1,)), ValueError, "at least 1, got -1"),
+        (((4.0,), (1,)), TypeError, "must hold ints, got 4.0"),
+        (((True,), (1,)), TypeError, "must hold ints, got True"),
+        ((4, 1), TypeError, "must be a tuple of ints, got 4"),
+        (((4, 4), (1, 1)), ValueError, "given twice"),
+        (((4,), (1,), "modulo"), ValueError, "head_offsets must be one of"),
+    ],
+)
+def test_wrong_patterns_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DilationPattern(*arguments)
+
+
+@pytest.mark.parametrize("text", ["", "4", "4:1,", "4:1:2", "a:b", "4:1;sideways", "0:1"])
+def test_wrong_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"cannot read the pattern|head_offsets|at least 1"):
+        DilationPattern.parse(text)
+
+
+@pytest.mark.parametrize("arguments", [(0, 8, 2), (4, 0, 2), (4, 8, 1)])
+def test_wrong_geometry_is_refused(arguments):
+    with pytest.raises(ValueError, match="geometric needs"):
+        DilationPattern.geometric(*arguments)
+
+
+def test_wrong_counts_are_refused():
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        DilationPattern.paper().flops(tokens=8, num_heads=4, num_kv_heads=3, head_dim=8, is_causal=True)
+    with pytest.raises(ValueError, match="coverage needs"):
+        DilationPattern.paper().coverage(tokens=0, num_kv_heads=1)
+
+
+def test_a_pattern_that_leaves_queries_out_warns():
+    with pytest.warns(UserWarning, match="no branch of dilation rate 1"):
+        DilationPattern((8,), (2,))
+
+
+def test_every_phase_is_seen_where_heads_suffice():
+    for rates in itertools.combinations((1, 2, 4, 6, 12), 3):
+        pattern = DilationPattern((16, 32, 48), (1, *rates[1:]))
+        assert pattern.coverage(tokens=480, num_kv_heads=12) == (1.0, 1.0, 1.0)

@@ -1,0 +1,67 @@
+"""The benchmark's gate, its rows, and the memory bar, which needs no quiet machine."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from longnet import DilationPattern
+from longnet.bench import attention, record
+
+CPU = torch.device("cpu")
+SMALL = attention.Settings(
+    lengths=(300,), token_lengths=(2100, 4200), memory_length=65536, num_heads=3, head_dim=16, repeats=1
+)
+
+
+def test_every_case_gives_a_row():
+    rows = [attention.compare(300, DilationPattern((64, 128), (1, 6)), SMALL, CPU), *attention.per_token(SMALL, CPU)]
+    assert [row["case"] for row in rows] == ["compare", "per_token", "per_token"]
+    assert rows[0]["flop_ratio"] == pytest.approx(300 * 301 / 2 * 3 * 64 / rows_flops(rows[0]))
+    assert rows[0]["forward_speedup"] == rows[0]["forward_dense_s"] / rows[0]["forward_dilated_s"]
+    assert rows[1]["over_shortest"] == 1
+
+
+def rows_flops(row):
+    return DilationPattern.parse(row["pattern"]).flops(tokens=300, num_heads=3, head_dim=16, is_causal=True)
+
+
+def test_memory_stays_under_the_bar():
+    row = attention.memory(dataclasses.replace(SMALL, num_heads=4, head_dim=64), CPU)
+    assert row["qkv_out_bytes"] == 4 * 4 * 65536 * 4 * 64
+    assert 0.25 <= row["growth_over_qkv_out"] <= 0.65  # the output alone is a quarter
+
+
+@pytest.mark.parametrize("wrong", ["out", "dq"])
+def test_the_gate_stops_a_wrong_result(wrong, monkeypatch):
+    pattern = DilationPattern((64, 128), (1, 2))
+    tensors = attention._tensors(300, SMALL, CPU)
+    gathered = attention.gather(*tensors, pattern)
+    attention.gate(*tensors, pattern, gathered)  # the right result passes
+    right = attention.dilated_attention
+
+    def slightly_off(q, k, v, pattern, **keywords):
+        out = right(q, k, v, pattern, **keywords)
+        return out + 1e-3 * out.detach() if wrong == "out" else out + 1e-3 * (q - q.detach())
+
+    monkeypatch.setattr(attention, "dilated_attention", slightly_off)
+    with pytest.raises(attention.GateError, match=f"{wrong} is off by"):
+        attention.gate(*tensors, pattern, gathered)
+
+
+def test_rows_are_appended_with_their_provenance(tmp_path):
+    path = tmp_path / "results" / "attention.jsonl"
+    for number in range(2):
+        record.append([{"case": "x", "number": number}], path, CPU)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["number"] for row in rows] == [0, 1]
+    assert {"date", "commit", "device", "threads", "torch", "python"} <= rows[0].keys()
+    assert rows[0]["torch"] == torch.__version__
+
+
+def test_interleaved_runs_every_case_in_every_round():
+    calls = []
+    times = record.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
+    assert calls == ["a", "b"] * 3  # the first round is not counted
+    assert all(time >= 0 for time in times)

@@ -1,0 +1,117 @@
+"""Random calls of dilated_attention, drawn by hypothesis."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longnet import DilationPattern, dilated_attention
+
+
+@dataclass
+class Case:
+    """The arguments of one call, masks included."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pattern: DilationPattern
+    is_causal: bool
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def dout(self) -> Tensor:
+        """Return the gradient that the output receives, rounded to what float16 and bfloat16 both hold."""
+        dout = torch.randn(self.q.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        return (8 * dout).round() / 8
+
+    def magnitudes(self) -> tuple[float, dict[str, float]]:
+        """Return the largest |logit|, and per output and gradient the largest sum of its terms' absolute values."""
+        group = self.q.shape[1] // self.k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (self.k, self.v))
+        scale = self.q.shape[3] ** -0.5
+        scores = scale * self.q @ k.mT
+        logit = scores.abs().max().item()
+        _, lse = dilated_attention(
+            self.q, self.k, self.v, self.pattern,
+            is_causal=self.is_causal, return_lse=True, backend="reference", **self.masks,
+        )  # fmt: skip
+        # Masked pairs stay in, with p ≤ 1: an upper bound.
+        p = torch.exp((scores - lse.unsqueeze(-1)).clamp(max=0)).nan_to_num(0, 0, 0)
+        dp = self.dout() @ v.mT
+        ds = scale * p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True))
+        terms = {"out": p @ v.abs(), "dq": ds @ k.abs(), "dk": ds.mT @ self.q.abs(), "dv": p.mT @ self.dout().abs()}
+        magnitudes = {name: group * term.max().item() for name, term in terms.items()}
+        return logit, {**magnitudes, "lse": logit}
+
+    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """Return out, lse and the gradients of a fixed random projection of out."""
+        # .to keeps the strides; expanded inputs stay expanded.
+        q, k, v = (x.to(device=device, dtype=dtype).detach().requires_grad_() for x in (self.q, self.k, self.v))
+        masks = {name: mask.to(device) for name, mask in self.masks.items()}
+        out, lse = dilated_attention(
+            q, k, v, self.pattern, is_causal=self.is_causal, return_lse=True, backend=backend, **masks
+        )
+        grads = torch.autograd.grad(out, (q, k, v), self.dout().to(device=device, dtype=dtype))
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *grads), strict=True))
+
+
+@st.composite
+def patterns(draw: Any, max_length: int = 24, max_rate: int = 7) -> DilationPattern:
+    """Any pattern: rates that do not divide, rates above the length, branches without a rate of 1."""
+    branch = st.tuples(st.integers(1, max_length), st.integers(1, max_rate))
+    branches = draw(st.lists(branch, min_size=1, max_size=4, unique=True))
+    if draw(st.booleans()) and not any(rate == 1 for _, rate in branches):
+        branches.append((draw(st.integers(1, max_length)), 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DilationPattern(*zip(*branches, strict=True), draw(st.sampled_from(["mod", "block"])))
+
+
+@st.composite
+def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int = 70) -> Case:
+    """Any call: ragged lengths, grouped heads, strange strides, padding, packing, cached queries, large logits."""
+    tokens = draw(st.integers(1, max_tokens))
+    queries = tokens if draw(st.booleans()) else draw(st.integers(1, tokens))
+    kv_heads, group = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2, 3]))
+    head_dim = draw(st.sampled_from(head_dims))
+    mask = draw(st.sampled_from(["none", "padding", "packing"]))
+    batch = 1 if mask == "packing" else draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sharpness = draw(st.sampled_from([1.0, 1.0, 4.0]))
+
+    def tensor(heads: int, length: int) -> Tensor:
+        def normal(*shape: int) -> Tensor:
+            return sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        layout = draw(st.sampled_from(["BHTD", "BTHD", "BTHD", "fused", "expanded", "last"]))
+        if layout == "BHTD":
+            return normal(batch, heads, length, head_dim)
+        if layout == "BTHD":
+            return normal(batch, length, heads, head_dim).transpose(1, 2)
+        if layout == "fused":  # a slice of one projection, as GPT-2 has it
+            return normal(batch, length, 3, heads, head_dim)[:, :, 1].transpose(1, 2)
+        if layout == "expanded":
+            return normal(batch, 1, length, head_dim).expand(batch, heads, length, head_dim)
+        return normal(batch, heads, head_dim, length).transpose(2, 3)  # a last dim with another stride than 1
+
+    masks = {}
+    if mask == "padding":
+        padding = torch.zeros(batch, tokens, dtype=torch.bool)
+        for row in range(batch):
+            start = draw(st.integers(0, tokens))
+            padding[row, start : draw(st.integers(start, tokens))] = True
+        masks["padding_mask"] = padding
+    elif mask == "packing":
+        edges = draw(st.lists(st.integers(0, tokens), max_size=5))
+        masks["cu_seqlens"] = torch.tensor(sorted([0, *edges, tokens]), dtype=torch.int32)
+    return Case(
+        q=tensor(kv_heads * group, queries),
+        k=tensor(kv_heads, tokens),
+        v=tensor(kv_heads, tokens),
+        pattern=draw(patterns()),
+        is_causal=draw(st.booleans()),
+        masks=masks,
+    )

@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from longnet import cli
+from longnet.bench import attention
+
+
+def run(monkeypatch, *arguments):
+    """Run the command line in this process; return the exit status."""
+    monkeypatch.setattr(sys, "argv", ["longnet", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_show_prints_cost_reach_and_state(monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "pattern.png"
+    assert run(monkeypatch, "show", "paper", "--tokens", "32768", "--heads", "12", "-o", str(picture)) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "7.68× less" in printed
+    assert "after 2 layers" in printed
+    assert "11,606 rows per key/value head" in printed
+    assert picture.stat().st_size > 5000
+
+
+def test_show_knows_what_has_no_reach(monkeypatch, capsys):
+    assert run(monkeypatch, "show", "16:1,32:2", "-n", "64") == 0
+    assert "some tokens never hear of each other" in " ".join(capsys.readouterr().out.split())
+    assert run(monkeypatch, "show", "paper", "-n", "1000") == 0
+    assert "after 1 layers" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
+        (["show", "8:1"], "--tokens requires an argument"),
+        (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
+        (["show", "8:1", "-n", "x"], "unable to convert"),
+        (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
+        (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),
+        (["bench", "attention", "--device", "cuda"], "no CUDA device"),
+        (["bench", "attention", "--repeats", "0"], "--repeats must be at least 1"),
+        (["train"], "train"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("longnet: ")
+    assert error.count("\n") == 1
+
+
+def test_bench_attention_writes_rows_and_a_picture(monkeypatch, capsys, tmp_path):
+    small = attention.Settings(
+        lengths=(2048, 2100), token_lengths=(2100,), memory_length=4096, num_heads=1, head_dim=8, repeats=1
+    )
+    monkeypatch.setattr(attention, "QUICK", small)
+    assert run(monkeypatch, "bench", "attention", "--quick", "--device", "cpu", "-o", str(tmp_path)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["compare", "compare", "per_token", "memory"]
+    assert (tmp_path / "runtime.png").exists()
+    assert "2,100" in capsys.readouterr().out
+
+
+def test_bench_reports_nothing_that_its_gate_refused(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise attention.GateError("out is off by 1e-1")
+
+    monkeypatch.setattr(attention, "gate", fail)
+    assert run(monkeypatch, "bench", "attention", "--quick", "--device", "cpu", "-o", str(tmp_path)) == (
+        "longnet: out is off by 1e-1"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_answers():
+    shown = subprocess.run(
+        [sys.executable, "-c", "from longnet.cli import main; main()"], capture_output=True, text=True, check=True
+    )
+    assert "show" in shown.stdout
