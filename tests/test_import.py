@@ -7,7 +7,7 @@ import longnet
 
 
 def test_public_names():
-    assert sorted(longnet.__all__) == ["DilationPattern", "dilated_attention"]
+    assert sorted(longnet.__all__) == ["DilationPattern", "dilated_attention", "use_dilated_attention"]
     assert all(hasattr(longnet, name) for name in longnet.__all__)
 
 

@@ -1,6 +1,22 @@
-"""LongNet (arXiv:2307.02486): Transformers on very long sequences through dilated attention."""
+"""LongNet (arXiv:2307.02486): Transformers on very long sequences through dilated attention.
+
+What needs transformers is imported when it is first asked for, so that the op needs PyTorch alone.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 
-__all__ = ["DilationPattern", "dilated_attention"]
+if TYPE_CHECKING:
+    from longnet.model import use_dilated_attention
+
+__all__ = ["DilationPattern", "dilated_attention", "use_dilated_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "use_dilated_attention":
+        from longnet import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'longnet' has no attribute {name!r}")

@@ -13,11 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
-from longnet.attention.merge import merge_
 from longnet.attention.pattern import DilationPattern, HeadOffsets
-from longnet.attention.views import Plan, blocks, plan, runs_of
-
-_CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
+from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.views import Plan, plan, runs_of
 
 
 @overload
@@ -101,26 +99,56 @@ def dilated_attention(
         NotImplementedError: dropout_p other than 0.
     """
     _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
-    device_type = q.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        # As PyTorch's own operators do, float64 stays.
-        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     bounds = None
     if padding_mask is not None:
         bounds = padding_bounds(padding_mask)
     elif cu_seqlens is not None:
         bounds = document_bounds(cu_seqlens, k.shape[2])
+    out, lse = attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale, backend=backend)
+    return (out, lse.detach()) if return_lse else out
+
+
+def attend_within(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    *,
+    bounds: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
+    backend: dispatch.Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compute `dilated_attention` where masks have been read into bounds, as a model does once for all its layers.
+
+    Args:
+        q: (B, H, Tq, D), checked, like k and v.
+        k: (B, G, T, D).
+        v: (B, G, T, D).
+        pattern: the branches.
+        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens, as `padding_bounds` and
+            `document_bounds` give them; None where every token is real.
+        is_causal: hide the keys after each query.
+        scale: factor on q·k, D ** -0.5 when None.
+        backend: as in `dilated_attention`.
+
+    Returns:
+        out (B, H, Tq, D) and lse (B, H, Tq).
+    """
+    device_type = q.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # As PyTorch's own operators do, float64 stays.
+        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
-    else:
-        out, lse = _op(
-            q, k, v, bounds,
-            pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
-        )  # fmt: skip
-    return (out, lse.detach()) if return_lse else out
+            return reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+    out, lse = _op(
+        q, k, v, bounds,
+        pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
+    )  # fmt: skip
+    return out, lse
 
 
 def _check(
@@ -235,17 +263,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
     tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
-    q, k, v = (_rows_dense(x) for x in (q, k, v))
-    out, lse = _empty(q), _empty_lse(q)
+    q, k, v = (rows_dense(x) for x in (q, k, v))
+    out, lse = empty_like(q), empty_lse(q)
     if not is_complete:
         out.zero_()
         lse.fill_(-torch.inf)
-    for tile in tiles:
-        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
-            tile_out, tile_lse = kernel.attend(
-                block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
-            )
-            merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
+    attend_tiles(kernel, tiles, q, k, v, out, lse, scale=scale)
     return out.to(q.dtype), lse
 
 
@@ -254,7 +277,7 @@ _op = torch.library.custom_op("longnet::dilated_attention", _forward, mutates_ar
 
 @_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty(_rows_dense(q)).to(q.dtype), _empty_lse(_rows_dense(q))
+    return empty_like(rows_dense(q)).to(q.dtype), empty_lse(rows_dense(q))
 
 
 def _backward(
@@ -274,21 +297,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
     tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
-    dout, q, k, v = (_rows_dense(x) for x in (dout, q, k, v))
-    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if not (is_complete and q.shape[2] == k.shape[2]):
         for grad in (dq, dk, dv):
             grad.zero_()
-    for tile in tiles:
-        for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
-            parts = kernel.attend_backward(
-                block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
-                is_causal=tile.is_causal, scale=scale,
-            )  # fmt: skip
-            _accumulate(block.q(dq), parts[0], is_first=block.q_first)
-            for grad, part in zip((dk, dv), parts[1:], strict=True):
-                once = part.sum(block.shared, keepdim=True) if block.shared else part
-                _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
+    differentiate_tiles(kernel, tiles, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -297,7 +311,7 @@ _op_backward = torch.library.custom_op("longnet::dilated_attention_backward", _b
 
 @_op_backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_empty(_rows_dense(x)).to(x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty_like(rows_dense(x)).to(x.dtype) for x in (q, k, v))
     return dq, dk, dv
 
 
@@ -366,33 +380,3 @@ def _pattern(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller's own pattern has warned already
         return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
-
-
-def _rows_dense(x: Tensor) -> Tensor:
-    # ATen's CPU kernel reads garbage, silently, where the last stride is not 1.
-    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
-
-
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # partial results merged in bfloat16 drift
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=_accumulator_dtype(x.dtype))
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    return torch.empty_like(q[..., 0], dtype=_accumulator_dtype(q.dtype))
-
-
-def _accumulate(total: Tensor, part: Tensor, *, is_first: bool) -> None:
-    if is_first:
-        total.copy_(part)
-    else:
-        total.add_(part)
-
-
-def _max_rows(q: Tensor) -> int:
-    if q.device.type != "cpu":
-        return 2**31
-    return _CPU_CALL_BYTES * torch.get_num_threads() // (q.shape[3] * q.dtype.itemsize)

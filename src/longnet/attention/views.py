@@ -304,9 +304,7 @@ def runs_of(bounds: Tensor | None, batch_size: int, tokens: int) -> tuple[Run, .
     if bounds is None:
         return (Run(0, batch_size, 0, tokens),) if batch_size and tokens else ()
     runs: list[Run] = []
-    for row, start, stop in bounds.tolist():
-        if start == stop:
-            continue
+    for row, start, stop in bounds[bounds[:, 1] < bounds[:, 2]].tolist():
         last = runs[-1] if runs else None
         if last and (last.row + last.rows, last.start, last.stop) == (row, start, stop):
             runs[-1] = last._replace(rows=last.rows + 1)

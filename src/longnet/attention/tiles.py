@@ -1,0 +1,109 @@
+"""Tiles, computed: the loops that every attention over a plan shares, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends.sdpa import Kernel
+from longnet.attention.merge import merge_
+from longnet.attention.views import Tile, blocks
+
+_CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
+
+
+def attend_tiles(
+    kernel: Kernel, tiles: Iterable[Tile], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float
+) -> None:
+    """Fold what `tiles` see into `out` and `lse`, in place.
+
+    Args:
+        kernel: computes one tile.
+        tiles: rows of q against rows of k and v.
+        q: (B, H, Tq, D), last stride 1.
+        k: (B, G, Tk, D), last stride 1.
+        v: (B, G, Tk, D), last stride 1.
+        out: (B, H, Tq, D), from `empty_like`; written where a tile is its queries' first, else merged into.
+        lse: (B, H, Tq), from `empty_lse`.
+        scale: factor on q·k.
+    """
+    for tile in tiles:
+        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
+            tile_out, tile_lse = kernel.attend(
+                block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
+            )
+            merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
+
+
+def differentiate_tiles(
+    kernel: Kernel,
+    tiles: Iterable[Tile],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+) -> None:
+    """Add the tiles' shares of dq, dk, dv to `grads`, in place; `out` and `lse` are the merged ones.
+
+    Args:
+        kernel: computes one tile.
+        tiles: as in `attend_tiles`.
+        dout: (B, H, Tq, D), last stride 1.
+        q: as in `attend_tiles`, like k and v.
+        k: (B, G, Tk, D).
+        v: (B, G, Tk, D).
+        out: (B, H, Tq, D), of the one softmax over all tiles of a query.
+        lse: (B, H, Tq).
+        grads: dq, dk, dv from `empty_like`; zero where no tile is the first.
+        scale: factor on q·k.
+    """
+    dq, dk, dv = grads
+    for tile in tiles:
+        for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
+            parts = kernel.attend_backward(
+                block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
+                is_causal=tile.is_causal, scale=scale,
+            )  # fmt: skip
+            _accumulate(block.q(dq), parts[0], is_first=block.q_first)
+            for grad, part in zip((dk, dv), parts[1:], strict=True):
+                once = part.sum(block.shared, keepdim=True) if block.shared else part
+                _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
+
+
+def rows_dense(x: Tensor) -> Tensor:
+    """Return x with a last stride of 1: ATen's CPU kernel reads garbage, silently, where it is another."""
+    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Return room for partial results of x's shape and strides: at least float32, since in bfloat16 they drift."""
+    return torch.empty_like(x, dtype=_accumulator_dtype(x.dtype))
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """Return room for the log-sum-exp of queries (B, H, Tq, D): (B, H, Tq), at least float32."""
+    return torch.empty_like(q[..., 0], dtype=_accumulator_dtype(q.dtype))
+
+
+def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _accumulate(total: Tensor, part: Tensor, *, is_first: bool) -> None:
+    if is_first:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+def _max_rows(q: Tensor) -> int:
+    if q.device.type != "cpu":
+        return 2**31
+    return _CPU_CALL_BYTES * torch.get_num_threads() // (q.shape[3] * q.dtype.itemsize)

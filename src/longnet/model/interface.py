@@ -1,0 +1,396 @@
+"""Dilated and fixed sparse attention as attention implementations of any Hugging Face model.
+
+transformers calls two functions by name: one that describes the mask, once per forward, and one that attends, once per
+layer. The first reads masks into `Visible`; the second honours it or refuses. Nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils.output_capturing import _active_collector
+
+from longnet.attention.dilated import attend_within, document_bounds, padding_bounds
+from longnet.attention.pattern import DilationPattern
+from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
+from longnet.model.visibility import read_bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What a forward pass may see, read from its masks once for all layers.
+
+    Args:
+        tokens: valid keys; the queries are the last of them. A static cache holds more rows.
+        q_tokens: queries.
+        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens; None where all are real.
+        is_causal: keys after the query are hidden.
+        is_padded: `bounds` come from a padding mask, not from packed documents.
+        refusal: why the attention of this pass cannot be dilated; raised by the first layer that needs it, since some
+            models build masks that no layer uses.
+    """
+
+    tokens: int
+    q_tokens: int
+    bounds: Tensor | None
+    is_causal: bool
+    is_padded: bool
+    refusal: str | None
+
+    @property
+    def ndim(self) -> int:
+        """4, as of every mask that is made: transformers asks, and makes masks of what has fewer dimensions."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of a mask which is the same for all batch rows and heads, for models that read off its last."""
+        return (1, 1, self.q_tokens, self.tokens)
+
+    def contiguous(self) -> Visible:
+        """Return itself; generate() asks this of every mask that it makes ahead."""
+        return self
+
+
+def visible_tokens(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | Visible | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Visible:
+    """Describe a mask: the mask function of "dilated" and "sparse_fixed", with the signature of transformers.
+
+    Documents packed into a row reach this function only inside `mask_function`, which is asked at O(T) points: where
+    a token cannot see the one before, a document starts. The same points rule out windows, chunks and image blocks.
+
+    Raises:
+        ValueError: padding within a row's real tokens, or a mask that is no documents end to end.
+    """
+    if isinstance(attention_mask, Visible):
+        return attention_mask
+    tokens = int(q_offset) + q_length
+    # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
+    is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
+    refusal = None
+    if use_vmap:
+        refusal = (
+            "a custom mask function (or_mask_function, and_mask_function) cannot be honoured: every token of a segment "
+            "is seen"
+        )
+    elif not is_causal and kv_length != tokens:
+        refusal = (
+            f"{q_length} queries against {kv_length} keys of another sequence cannot be honoured: cross-attention has "
+            "no segments in common"
+        )
+    elif kv_offset != 0 or (local_size is not None and local_size < tokens):
+        refusal = _window_refusal(local_size, tokens)
+    bounds = None
+    if refusal is None:
+        if attention_mask is not None:
+            mask = attention_mask[:, :tokens].to(torch.bool)
+            if mask.shape[1] < tokens:
+                mask = nn.functional.pad(mask, (0, tokens - mask.shape[1]))
+            bounds = padding_bounds(mask)
+        if mask_function not in (causal_mask_function, bidirectional_mask_function):
+            documents = read_bounds(
+                mask_function, batch_size=batch_size, q_tokens=q_length, tokens=tokens, padding=bounds,
+                is_causal=is_causal, device=torch.device(device),
+            )  # fmt: skip
+            bounds = documents if attention_mask is None else bounds
+    return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal)
+
+
+def _window_refusal(window: int | None, tokens: int) -> str:
+    return (
+        f"a sliding window or chunk of {window} over {tokens} tokens cannot be honoured: dilated attention has its own "
+        "local branch. Switch the window off in the config (sliding_window=None, or layer_types all 'full_attention'), "
+        "or keep sequences within it"
+    )
+
+
+def dilated_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend along the pattern of `module.config`: the attention implementation "dilated".
+
+    Args:
+        module: the attention layer; its config holds segment_lengths, dilation_rates and, optionally, head_offsets.
+        query: (B, H, Tq, D).
+        key: (B, G, Tk, D), everything in the cache included.
+        value: (B, G, Tk, D).
+        attention_mask: what `visible_tokens` returned.
+        scaling: factor on q·k.
+        dropout: only 0.
+        kwargs: what the model passes on; `cu_seq_lens_q` and `is_causal` are honoured, what would change the result is
+            refused.
+
+    Returns:
+        out (B, Tq, H, D), and None for the attention weights.
+
+    Raises:
+        ValueError: no pattern in the config, or something that dilated attention cannot honour.
+    """
+    pattern = pattern_of(_config_of(module))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
+
+    return _attend("dilated", attend, module, query, key, value, attention_mask, dropout, kwargs)
+
+
+def sparse_fixed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend along the fixed pattern of the Sparse Transformer: the attention implementation "sparse_fixed".
+
+    Args, returns and errors are those of `dilated_attention_forward`, except that the config holds sparse_block,
+    sparse_summary and, optionally, sparse_stride, and that a model that is not causal is refused.
+    """
+    pattern = sparse_pattern_of(_config_of(module))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        if not is_causal:
+            raise ValueError(
+                'sparse_fixed attention is causal, and this model is not: use attn_implementation="dilated"'
+            )
+        return sparse_fixed_attention(q, k, v, pattern, bounds=bounds, scale=scaling)
+
+    return _attend("sparse_fixed", attend, module, query, key, value, attention_mask, dropout, kwargs)
+
+
+def _attend(
+    name: str,
+    attend: Callable[..., Tensor],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible | Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    if isinstance(visible, Tensor):
+        raise ValueError(
+            f"{name} attention got a mask of shape {tuple(visible.shape)}, which it cannot honour: pass a 2-D padding "
+            'mask (batch, tokens), or cu_seq_lens for packed documents, or attn_implementation="sdpa"'
+        )
+    refusal = _refusal(module, query, key, value, visible, dropout, kwargs)
+    if refusal is not None:
+        raise ValueError(
+            f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
+    if visible is not None:
+        tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        bounds = document_bounds(cu_seqlens, tokens)
+    out = attend(query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal))
+    return out.transpose(1, 2), None
+
+
+# Keywords of models and caches that change the result, and what to do about each.
+_REFUSED = {
+    "softcap": "soft-capped logits cannot be honoured (attn_logit_softcapping=None in the config switches them off)",
+    "s_aux": "attention sinks (s_aux) cannot be honoured",
+    "position_bias": "an additive position bias cannot be honoured: choose a model with rotary or absolute positions",
+    "cache": "a paged cache cannot be honoured: use the dynamic or the static cache",
+    "block_table": "a paged cache cannot be honoured: use the dynamic or the static cache",
+}
+
+
+def _refusal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Say what of a call cannot be honoured and what to do, or None."""
+    for keyword, reason in _REFUSED.items():
+        if kwargs.get(keyword) is not None:
+            return reason
+    if kwargs.get("output_attentions") or _wants_weights():
+        return "output_attentions=True cannot be honoured: the weights are never formed"
+    if dropout:
+        return (
+            f"attention dropout of {dropout} cannot be honoured: load the model with attention_dropout=0.0 "
+            "(attn_pdrop in GPT-2, attention_probs_dropout_prob in BERT)"
+        )
+    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+        return "cross-attention cannot be dilated: queries and keys share no segments"
+    if not query.shape[3] == key.shape[3] == value.shape[3]:
+        return (
+            f"head dims that differ (q {query.shape[3]}, k {key.shape[3]}, v {value.shape[3]}) cannot be honoured: "
+            "pad the values to those of the keys"
+        )
+    tokens = key.shape[2]
+    if visible is None:
+        if query.shape[2] != tokens:
+            return f"{query.shape[2]} queries against {tokens} keys without a mask: their positions are unknown"
+    else:
+        if visible.refusal is not None:
+            return visible.refusal
+        tokens = visible.tokens
+        if query.shape[2] != visible.q_tokens or key.shape[2] < tokens:
+            return (
+                f"the mask tells of {visible.q_tokens} queries and {tokens} keys, the layer has {query.shape[2]} and "
+                f"{key.shape[2]}"
+            )
+    window = kwargs.get("sliding_window")
+    if window is not None and window < tokens:
+        return _window_refusal(window, tokens)
+    is_causal = kwargs.get("is_causal")
+    if visible is not None and is_causal is not None and bool(is_causal) != visible.is_causal:
+        return f"is_causal={is_causal} contradicts the mask: set is_causal in the config instead"
+    if kwargs.get("cu_seq_lens_q") is not None:
+        if query.shape[0] != 1 or query.shape[2] != tokens:
+            return (
+                "cu_seq_lens packs documents into one row without a cache, got a batch of "
+                f"{query.shape[0]}, {query.shape[2]} queries and {tokens} keys: pass use_cache=False"
+            )
+        if visible is not None and visible.is_padded:
+            return "an attention_mask beside cu_seq_lens is ambiguous: packed documents need no mask"
+        if kwargs.get("cu_seq_lens_k") is None:
+            return "cu_seq_lens_q needs cu_seq_lens_k, equal to it"
+    return None
+
+
+def _wants_weights() -> bool:
+    # Some models (GPT-2) drop the keyword on the way and leave the request to hooks.
+    collected = _active_collector.get()  # type: ignore[no-untyped-call]
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def pattern_of(config: PreTrainedConfig) -> DilationPattern:
+    """Read the pattern that a config holds in segment_lengths, dilation_rates and, if not "mod", head_offsets.
+
+    Raises:
+        ValueError: the config holds none, or one that `DilationPattern` refuses.
+    """
+    lengths, rates = getattr(config, "segment_lengths", None), getattr(config, "dilation_rates", None)
+    if lengths is None or rates is None:
+        raise ValueError(
+            f'attn_implementation="dilated" needs a pattern, and {type(config).__name__} holds none: call '
+            "longnet.use_dilated_attention(model, pattern) on the loaded model, or set segment_lengths and "
+            "dilation_rates in the config"
+        )
+    return DilationPattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
+
+
+def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
+    """Read the pattern that a config holds in sparse_block, sparse_summary and, if not the block, sparse_stride.
+
+    Raises:
+        ValueError: the config holds none, or one that `SparseFixedPattern` refuses.
+    """
+    block, summary = getattr(config, "sparse_block", None), getattr(config, "sparse_summary", None)
+    if block is None or summary is None:
+        raise ValueError(
+            f'attn_implementation="sparse_fixed" needs a pattern, and {type(config).__name__} holds none: call '
+            "longnet.model.use_sparse_fixed_attention(model, pattern) on the loaded model, or set sparse_block and "
+            "sparse_summary in the config"
+        )
+    return SparseFixedPattern(block, summary, getattr(config, "sparse_stride", None))
+
+
+def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
+    """Turn a loaded Hugging Face model into its dilated self, in place; no weight changes.
+
+    The pattern goes into the config, so that `save_pretrained` keeps it; which attention to use is not saved, so load
+    with `attn_implementation="dilated"`.
+
+    Args:
+        model: a `PreTrainedModel`, or a module around one (PEFT).
+        pattern: the branches.
+
+    Raises:
+        TypeError: `pattern` is no DilationPattern, or `model` holds no Hugging Face model.
+        ValueError: a model whose attention cannot be chosen.
+    """
+    if not isinstance(pattern, DilationPattern):
+        raise TypeError(
+            f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text"
+        )
+    _use(
+        model, "dilated",
+        segment_lengths=list(pattern.segment_lengths),
+        dilation_rates=list(pattern.dilation_rates),
+        head_offsets=pattern.head_offsets,
+    )  # fmt: skip
+
+
+def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) -> None:
+    """Turn a loaded Hugging Face model into a Sparse Transformer with the fixed pattern, in place.
+
+    Args, errors and what is saved are those of `use_dilated_attention`.
+    """
+    if not isinstance(pattern, SparseFixedPattern):
+        raise TypeError(f"pattern must be a SparseFixedPattern, got {type(pattern).__name__}")
+    _use(
+        model,
+        "sparse_fixed",
+        sparse_block=pattern.block,
+        sparse_summary=pattern.summary,
+        sparse_stride=pattern.stride,
+    )
+
+
+def _use(model: nn.Module, name: str, **fields: Any) -> None:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise TypeError(f"a Hugging Face model is expected, got {type(model).__name__}, which holds no PreTrainedModel")
+    models[0].set_attn_implementation(name)
+    for inner in models:
+        if inner.config._attn_implementation != name:
+            raise ValueError(f"{type(inner).__name__} does not let its attention be chosen through AttentionInterface")
+    for config in {id(module.config): module.config for module in model.modules() if _has_config(module)}.values():
+        for field, value in fields.items():
+            setattr(config, field, value)
+
+
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _config_of(module: nn.Module) -> PreTrainedConfig:
+    return cast("PreTrainedConfig", module.config)
+
+
+AttentionInterface.register("dilated", dilated_attention_forward)
+AttentionMaskInterface.register("dilated", visible_tokens)
+AttentionInterface.register("sparse_fixed", sparse_fixed_attention_forward)
+AttentionMaskInterface.register("sparse_fixed", visible_tokens)
