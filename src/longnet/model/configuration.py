@@ -1,0 +1,278 @@
+"""LongNetConfig: what a LongNet is, under Hugging Face's names, and the sizes that have names."""
+
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Self, get_args, get_origin
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.model.positions import xpos_span
+
+PositionEmbedding = Literal["xpos", "rope", "none"]
+
+# What others call our fields; nearness of spelling would not find these.
+_ALIASES = {
+    "d_model": "hidden_size", "n_embd": "hidden_size", "embed_dim": "hidden_size", "decoder_embed_dim": "hidden_size",
+    "n_layer": "num_hidden_layers", "num_layers": "num_hidden_layers", "decoder_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads", "num_heads": "num_attention_heads",
+    "decoder_attention_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size", "decoder_ffn_embed_dim": "intermediate_size",
+    "dilated_ratio": "dilation_rates", "max_length": "max_position_embeddings", "subln": "sub_layernorm",
+    "share_decoder_input_output_embed": "tie_word_embeddings", "dropout": "hidden_dropout",
+}  # fmt: skip
+
+# Keys that transformers itself hands to a configuration, or writes into its file, beside the fields.
+_OF_TRANSFORMERS = {
+    "_attn_implementation", "_commit_hash", "_experts_implementation", "_name_or_path", "attn_implementation",
+    "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
+    "per_layer_config", "quantization_config", "tie_last_hidden_states", "torch_dtype",
+}  # fmt: skip
+
+_LAPTOP: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024, 2048), "dilation_rates": (1, 2, 4, 8)}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_LAPTOP},
+    "5m": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, **_LAPTOP},
+    "25m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, **_LAPTOP},
+    "125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "350m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "760m": {"hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "2.7b": {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
+    """Configuration of a LongNet (arXiv:2307.02486 §4.1); the defaults are the paper's 125M model.
+
+    A key that is no field is an error that names the nearest field, as is a value of the wrong type or range.
+    `attn_implementation` is `"dilated"` unless given; `"sdpa"` and `"eager"` make the same model the paper's dense
+    Transformer.
+
+    Args:
+        vocab_size: V. The default is cl100k_base's 100,277, rounded up to a multiple of 128.
+        hidden_size: C.
+        num_hidden_layers: blocks.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key/value heads G, a divisor of H; H when None.
+        head_dim: D; hidden_size / num_attention_heads when None. Even, for xPos and RoPE.
+        intermediate_size: width of the feed-forward layers; 4 · hidden_size when None.
+        hidden_act: activation between fc1 and fc2, a name of transformers.
+        max_position_embeddings: tokens the model is meant for. Limits nothing by itself: where dense attention uses
+            xPos it places the centre of the scales (`longnet.model.positions`).
+        segment_lengths: w_i of the branches, in tokens (arXiv:2307.02486 eq. 3-12).
+        dilation_rates: r_i of the branches.
+        head_offsets: `"mod"` (the paper) or `"block"` (torchscale).
+        position_embedding: `"xpos"` (the paper), `"rope"` or `"none"`.
+        rope_theta: base of the angles of xPos and RoPE, at least 1.
+        xpos_scale_base: tokens over which xPos decays (arXiv:2212.10554). At 512 its scales span 32,861 tokens; wider
+            patterns without a common segment boundary within that need a larger one.
+        sub_layernorm: MAGNETO's second LayerNorms, before o_proj and fc2 (arXiv:2210.06423). Without them a plain
+            pre-LayerNorm Transformer.
+        layer_norm_eps: added to the variance.
+        attention_bias: biases in q_proj, k_proj, v_proj, o_proj.
+        mlp_bias: biases in fc1, fc2.
+        attention_dropout: of attention weights, in [0, 1). Dilated attention takes only 0, as in the paper.
+        hidden_dropout: of embeddings and of each sublayer's output, in [0, 1). The paper: 0.
+        initializer_range: standard deviation of the embeddings and of the head; hidden_size ** -0.5 when None.
+        initializer_gain: Xavier gain of v_proj, o_proj, fc1, fc2; when None MAGNETO's √log(2 · num_hidden_layers) for
+            decoders (arXiv:2210.06423 §3), or 1 without sub_layernorm.
+        tie_word_embeddings: the head shares the embeddings' weight.
+        use_cache: return a key/value cache in eval mode.
+        pad_token_id: token of padding; its embedding is not trained.
+        bos_token_id: first token of a document.
+        eos_token_id: token, or tokens, that end generation.
+
+    Raises:
+        TypeError: an unknown key, or a value of the wrong type.
+        ValueError: a value out of range, or fields that contradict each other.
+    """
+
+    model_type = "longnet"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # transformers' own form
+
+    vocab_size: int = 100_352
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 32_768
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
+    head_offsets: HeadOffsets = "mod"
+    position_embedding: PositionEmbedding = "xpos"
+    rope_theta: float = 10_000.0
+    xpos_scale_base: float = 512.0
+    sub_layernorm: bool = True
+    layer_norm_eps: float = 1e-5
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    initializer_range: float | None = None
+    initializer_gain: float | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """Return a configuration by size, with fields replaced by `overrides`.
+
+        `"125m"`, `"350m"`, `"760m"`, `"2.7b"` are the sizes of the paper's Figure 7, with the widths and depths that
+        GPT-3 gave them (arXiv:2005.14165 table 2.1) and the paper's pattern; they count a vocabulary half as large as
+        cl100k_base. `"tiny"` (tests), `"5m"` and `"25m"` are for laptops: bytes for tokens, segments 256 … 2048.
+
+        Raises:
+            ValueError: another name.
+        """
+        if name.lower() not in _PRESETS:
+            raise ValueError(
+                f"no preset is called {name!r}{_nearest(name.lower(), _PRESETS)}; there are {list(_PRESETS)}"
+            )
+        return cls(**{**_PRESETS[name.lower()], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of a dictionary, with fields replaced by `kwargs`; see transformers.
+
+        Raises:
+            TypeError: beside the errors of the constructor, a keyword that nobody reads.
+        """
+        # transformers would set these after the checks, and drop the unknown ones.
+        replaced = {name: kwargs.pop(name) for name in _own_fields() & kwargs.keys()}
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
+        if return_unused_kwargs:
+            return config, unused
+        if unused:
+            raise _unknown(unused)
+        return config
+
+    @property
+    def pattern(self) -> DilationPattern:
+        """The branches of dilated attention."""
+        return DilationPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = kwargs.keys() - _OF_TRANSFORMERS
+        if unknown:
+            raise _unknown(sorted(unknown))
+        for name, hint in LongNetConfig.__annotations__.items():
+            _check_type(name, getattr(self, name), hint)
+        self.segment_lengths = tuple(self.segment_lengths)
+        self.dilation_rates = tuple(self.dilation_rates)
+        self._check_sizes()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self._check_positions()
+        DilationPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = kwargs.pop("_attn_implementation", None) or "dilated"
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "max_position_embeddings",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("layer_norm_eps", "xpos_scale_base", "initializer_range", "initializer_gain"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"no activation is called {self.hidden_act!r}{_nearest(self.hidden_act, ACT2FN)}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads unless head_dim is given, got "
+                f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got num_attention_heads="
+                f"{self.num_attention_heads}, num_key_value_heads={self.num_key_value_heads}"
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [] if value is None else [value]:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} must be a token below vocab_size={self.vocab_size}, got {value}")
+
+    def _check_positions(self) -> None:
+        if self.position_embedding == "none":
+            return
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for {self.position_embedding}, whose pairs turn, got {self.head_dim}"
+            )
+        if not 1 <= self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be at least 1, got {self.rope_theta}")
+        if self.position_embedding == "rope":
+            return
+        span, period = xpos_span(self.xpos_scale_base, torch.float32), math.lcm(*self.segment_lengths)
+        if min(period, self.max_position_embeddings) > span:
+            enough = math.ceil(self.xpos_scale_base * self.max_position_embeddings / span)
+            raise ValueError(
+                f"xPos with xpos_scale_base={self.xpos_scale_base} stays finite over {span} tokens, which is less than "
+                f"max_position_embeddings={self.max_position_embeddings} and less than the {period} tokens after which "
+                f"all segments of {self.segment_lengths} end together: set xpos_scale_base to {enough} or more, or "
+                "position_embedding='rope'"
+            )
+
+
+def _own_fields() -> set[str]:
+    return set(LongNetConfig.__annotations__)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            near = _nearest(value, get_args(hint)) if isinstance(value, str) else ""
+            raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}{near}")
+    elif not _fits(value, hint):
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) in (tuple, list):  # JSON knows lists only
+        return isinstance(value, (tuple, list)) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _unknown(names: Iterable[str]) -> TypeError:
+    generation = GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
+    complaints = []
+    for name in names:
+        near = f": did you mean {_ALIASES[name]!r}?" if name in _ALIASES else _nearest(name, _own_fields())
+        if name in generation and name not in _ALIASES:
+            near = ": it belongs to generation, see model.generation_config"
+        complaints.append(f"LongNetConfig has no field {name!r}{near}")
+    return TypeError("; ".join(complaints))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else ""
