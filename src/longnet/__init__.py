@@ -9,14 +9,27 @@ from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 
 if TYPE_CHECKING:
-    from longnet.model import use_dilated_attention
+    from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetModel, use_dilated_attention
 
-__all__ = ["DilationPattern", "dilated_attention", "use_dilated_attention"]
+__all__ = [
+    "DilationPattern",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetModel",
+    "dilated_attention",
+    "use_dilated_attention",
+]
+
+_OF_MODEL = {"LongNetConfig", "LongNetForCausalLM", "LongNetModel", "use_dilated_attention"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "use_dilated_attention":
-        from longnet import model
+    if name not in _OF_MODEL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from longnet import model
 
-        return getattr(model, name)
-    raise AttributeError(f"module 'longnet' has no attribute {name!r}")
+    return getattr(model, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_MODEL})

@@ -1,5 +1,14 @@
-"""LongNet in Hugging Face's terms. Importing this makes the attention implementations known to transformers."""
+"""LongNet in Hugging Face's terms. Importing this makes models and attention implementations known to transformers."""
 
+from longnet.model.configuration import LongNetConfig
 from longnet.model.interface import use_dilated_attention, use_sparse_fixed_attention
+from longnet.model.modeling import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
 
-__all__ = ["use_dilated_attention", "use_sparse_fixed_attention"]
+__all__ = [
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetModel",
+    "LongNetPreTrainedModel",
+    "use_dilated_attention",
+    "use_sparse_fixed_attention",
+]
