@@ -167,6 +167,14 @@ def test_cached_logits_are_the_uncached(position_embedding, implementation):
     torch.testing.assert_close(torch.cat(parts, 1), made(ids).logits, atol=FLOAT64, rtol=FLOAT64)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_static_cache_generates_the_same(implementation):
+    made, ids = model(attn_implementation=implementation), tokens(2, 50)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    static = made.generate(ids, **settings, cache_implementation="static")
+    assert torch.equal(static, made.generate(ids, **settings))
+
+
 @pytest.mark.parametrize("implementation", ["dilated", "sdpa"])
 def test_generate_is_the_greedy_argmax(implementation):
     made, given = model(attn_implementation=implementation), inputs("left")
@@ -187,6 +195,11 @@ def test_a_cache_is_not_made_where_it_cannot_be_continued():
     assert made.train()(tokens(1, 5)).past_key_values is None
     with pytest.raises(ValueError, match="position_ids restart"):
         made.eval()(**packed, past_key_values=DynamicCache(config=made.config))
+    with pytest.raises(ValueError, match="position_ids restart"):
+        made(**packed, use_cache=True)
+    cached = made(tokens(1, 5)).past_key_values
+    with pytest.raises(ValueError, match="must cover the 5 cached and the 1 new tokens"):
+        made(tokens(1, 1), attention_mask=torch.ones(1, 1), past_key_values=cached)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         made.model()
 

@@ -223,8 +223,8 @@ class LongNetModel(LongNetPreTrainedModel):
             **kwargs: for the attention implementation; `output_hidden_states`, `output_attentions`.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; positions that xPos cannot serve; packed
-                documents with a cache; a cache while layers are checkpointed.
+            ValueError: both or neither of input_ids and inputs_embeds; a mask of another length; positions that xPos
+                cannot serve; packed documents with a cache; a cache while layers are checkpointed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -242,7 +242,7 @@ class LongNetModel(LongNetPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(hidden_states, attention_mask, past_tokens)
             highest = past_tokens + hidden_states.shape[1] - 1
-        elif past_key_values is not None and attention_mask is None:
+        elif attention_mask is None and (use_cache or past_key_values is not None):
             _refuse_packed(position_ids)
         if self.rotary is not None:
             rotations = self._rotations(self.rotary, position_ids, hidden_states, past_tokens, highest)
@@ -400,6 +400,11 @@ def _zero_padding(embedding: nn.Embedding) -> None:
 def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens: Any) -> Tensor:
     tokens = hidden_states.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(past_tokens, int) and attention_mask.shape[1] != past_tokens + tokens:
+            raise ValueError(
+                f"attention_mask must cover the {past_tokens} cached and the {tokens} new tokens, got "
+                f"{tuple(attention_mask.shape)}"
+            )
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
     positions: Tensor = torch.arange(tokens, device=hidden_states.device) + past_tokens
     return positions[None]
@@ -409,10 +414,10 @@ def _refuse_packed(position_ids: Tensor) -> None:
     if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids restart within a row, which packs documents, but a cache cannot tell documents apart: leave "
-            "out past_key_values, or give an attention_mask where the row is padded"
+            "out past_key_values and use_cache, or give an attention_mask where the row is padded"
         )
 
 
-AutoConfig.register("longnet", LongNetConfig)
-AutoModel.register(LongNetConfig, LongNetModel)
-AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM)
+AutoConfig.register("longnet", LongNetConfig, exist_ok=True)
+AutoModel.register(LongNetConfig, LongNetModel, exist_ok=True)
+AutoModelForCausalLM.register(LongNetConfig, LongNetForCausalLM, exist_ok=True)

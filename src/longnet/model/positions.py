@@ -63,6 +63,9 @@ class RotaryPositions(nn.Module):
     - Otherwise one centre serves all, in the middle of the first min(max_position_embeddings, span) positions.
       Positions further from it than half a span are refused; moving the centre does not change the model.
 
+    The price of large exponents is that a key's components may differ by e^±40: quantise cached keys by channel, not by
+    token.
+
     Args:
         head_dim: D, even.
         theta: base of the angles, at least 1.
