@@ -87,6 +87,7 @@ def test_an_unknown_key_names_the_nearest_field(key, says, tmp_path):
         ({"num_key_value_heads": 5}, ValueError, "multiple of num_key_value_heads"),
         ({"head_dim": 63}, ValueError, "head_dim must be even"),
         ({"attention_dropout": 1.0}, ValueError, r"attention_dropout must be in \[0, 1\)"),
+        ({"sparse_summary": 0}, ValueError, "sparse_summary must be at least 1"),
         ({"rope_theta": 0.5}, ValueError, "rope_theta must be at least 1"),
         ({"xpos_scale_base": math.nan}, ValueError, "xpos_scale_base must be above 0"),
         ({"segment_lengths": (2048,)}, ValueError, "one dilation rate per segment length"),
@@ -128,7 +129,14 @@ def test_the_advice_on_xpos_is_enough():
 
 def test_files_keep_everything(tmp_path):
     config = LongNetConfig.preset(
-        "tiny", head_offsets="block", num_key_value_heads=2, eos_token_id=[1, 2], dtype="bfloat16", sub_layernorm=False
+        "tiny",
+        head_offsets="block",
+        num_key_value_heads=2,
+        eos_token_id=[1, 2],
+        dtype="bfloat16",
+        sub_layernorm=False,
+        sparse_block=64,
+        sparse_summary=8,
     )
     config.save_pretrained(tmp_path)
     loaded = [LongNetConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)]

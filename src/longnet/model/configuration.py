@@ -49,8 +49,8 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
     """Configuration of a LongNet (arXiv:2307.02486 §4.1); the defaults are the paper's 125M model.
 
     A key that is no field is an error that names the nearest field, as is a value of the wrong type or range.
-    `attn_implementation` is `"dilated"` unless given; `"sdpa"` and `"eager"` make the same model the paper's dense
-    Transformer.
+    `attn_implementation` is `"dilated"` unless given, and no part of the file; `"sdpa"` and `"eager"` make the same
+    model the paper's dense Transformer, `"sparse_fixed"` its Sparse Transformer.
 
     Args:
         vocab_size: V. The default is cl100k_base's 100,277, rounded up to a multiple of 128.
@@ -66,6 +66,10 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
         segment_lengths: w_i of the branches, in tokens (arXiv:2307.02486 eq. 3-12).
         dilation_rates: r_i of the branches.
         head_offsets: `"mod"` (the paper) or `"block"` (torchscale).
+        sparse_block: tokens of a block of the Sparse Transformer's fixed pattern (arXiv:1904.10509 §4.3), for
+            `attn_implementation="sparse_fixed"`.
+        sparse_summary: its last positions of each stride, which all later tokens see.
+        sparse_stride: distance of the summaries; sparse_block when None.
         position_embedding: `"xpos"` (the paper), `"rope"` or `"none"`.
         rope_theta: base of the angles of xPos and RoPE, at least 1.
         xpos_scale_base: tokens over which xPos decays (arXiv:2212.10554). At 512 its scales span 32,861 tokens; wider
@@ -106,6 +110,9 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
     segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
     head_offsets: HeadOffsets = "mod"
+    sparse_block: int | None = None
+    sparse_summary: int | None = None
+    sparse_stride: int | None = None
     position_embedding: PositionEmbedding = "xpos"
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
@@ -186,7 +193,7 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
     def _check_sizes(self) -> None:
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "intermediate_size", "max_position_embeddings",
+            "intermediate_size", "max_position_embeddings", "sparse_block", "sparse_summary", "sparse_stride",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -51,9 +51,7 @@ def next_token_loss(
 
 def _cross_entropy_sum(head: nn.Module, hidden_states: Tensor, targets: Tensor, rows: int) -> Tensor:
     if isinstance(head, nn.Linear) and _fits_linear_cross_entropy(head, hidden_states):
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=rows, allow_retain_graph=torch.compiler.is_compiling()
-        )
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, allow_retain_graph=torch.compiler.is_compiling())
         return functional.linear_cross_entropy(
             hidden_states, head.weight, targets, linear_bias=head.bias, reduction="sum", options=options
         )
@@ -69,6 +67,7 @@ def _fits_linear_cross_entropy(head: nn.Linear, hidden_states: Tensor) -> bool:
     # tokens. It takes a weight, so what hooks, adapters, quantisation or sharding make of a head it would miss.
     return (
         hasattr(functional, "linear_cross_entropy")
+        and hasattr(nn, "LinearCrossEntropyOptions")
         and type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
         and not head._forward_hooks
