@@ -158,6 +158,14 @@ def test_loading_replaces_fields_and_the_attention(tmp_path):
     assert (config.vocab_size, config.pattern) == (7, DilationPattern((5,), (1,)))
     assert config._attn_implementation == "sdpa"
     assert unused == {"cats": 1}
+    about_files = {
+        "revision": "main",
+        "trust_remote_code": True,
+        "gguf_file": None,
+        "subfolder": "",
+        "device_map": None,
+    }
+    assert AutoConfig.from_pretrained(tmp_path, **about_files).vocab_size == 320
     assert LongNetConfig(attn_implementation="eager")._attn_implementation == "eager"
 
 

@@ -33,6 +33,12 @@ _OF_TRANSFORMERS = {
     "per_layer_config", "quantization_config", "tie_last_hidden_states", "torch_dtype",
 }  # fmt: skip
 
+# Keywords about files and devices, which callers hand to whatever loads.
+_OF_LOADING = {
+    "adapter_kwargs", "code_revision", "device_map", "gguf_file", "low_cpu_mem_usage", "max_memory", "mirror",
+    "offload_folder", "state_dict", "tp_plan", "use_auth_token", "use_safetensors", "variant", "weights_only",
+}  # fmt: skip
+
 _LAPTOP: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024, 2048), "dilation_rates": (1, 2, 4, 8)}
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_LAPTOP},
@@ -160,8 +166,9 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
         config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
         if return_unused_kwargs:
             return config, unused
-        if unused:
-            raise _unknown(unused)
+        unknown = unused.keys() - _OF_LOADING
+        if unknown:
+            raise _unknown(sorted(unknown))
         return config
 
     @property
