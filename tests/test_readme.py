@@ -3,16 +3,17 @@
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_blocks_run(block, capsys):
-    exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+def test_python_blocks_run(capsys):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), names)  # noqa: S102
     assert "hops" in capsys.readouterr().out
+    assert names["q"].grad.shape == names["q"].shape
+    assert names["model"].model.embed_tokens.weight.grad is not None
 
 
 def test_the_tree_names_every_module():

@@ -19,7 +19,9 @@ def test_every_case_gives_a_row():
     rows = [attention.compare(300, DilationPattern((64, 128), (1, 6)), SMALL, CPU), *attention.per_token(SMALL, CPU)]
     assert [row["case"] for row in rows] == ["compare", "per_token", "per_token"]
     assert rows[0]["flop_ratio"] == pytest.approx(300 * 301 / 2 * 3 * 64 / rows_flops(rows[0]))
+    # One round: the medians are that round's.
     assert rows[0]["forward_speedup"] == rows[0]["forward_dense_s"] / rows[0]["forward_dilated_s"]
+    assert rows[0]["both_over_bare"] == rows[0]["both_dilated_s"] / rows[0]["both_bare_s"]
     assert rows[1]["over_shortest"] == 1
 
 
@@ -64,4 +66,8 @@ def test_interleaved_runs_every_case_in_every_round():
     calls = []
     times = record.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
     assert calls == ["a", "b"] * 3  # the first round is not counted
-    assert all(time >= 0 for time in times)
+    assert [len(rounds) for rounds in times] == [2, 2]
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    assert record.ratio([1.0, 10.0, 30.0], [1.0, 1.0, 10.0]) == 3.0  # not 10 / 1, that of the medians

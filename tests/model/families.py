@@ -24,7 +24,7 @@ from transformers import (
     ViTModel,
 )
 
-from longnet import DilationPattern, use_dilated_attention
+from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
 
 VOCAB = 101
 ONE_BRANCH = DilationPattern((512,), (1,))  # w ≥ T, r = 1: full attention
@@ -39,16 +39,18 @@ _NO_DROPOUT_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: its classes, a tiny configuration, and whether it reads text and is causal."""
+    """A family of models: its classes, a tiny configuration, whether it is causal and reads text."""
 
     model: type[PreTrainedModel]
     config: type
     settings: dict
     is_causal: bool = True
     is_text: bool = True
+    sharpen: float = 4.0  # most are initialised so small that attention is all but uniform; weights are scaled by this
 
 
 FAMILIES = {
+    "LongNet": Family(LongNetForCausalLM, LongNetConfig, {**_SIZES, **_TOKENS, **_GROUPED}, sharpen=1.0),
     "Llama": Family(LlamaForCausalLM, LlamaConfig, {**_SIZES, **_TOKENS, **_GROUPED}),
     "Qwen3": Family(Qwen3ForCausalLM, Qwen3Config, {**_SIZES, **_TOKENS, **_GROUPED}),
     "Mistral": Family(MistralForCausalLM, MistralConfig, {**_SIZES, **_TOKENS, **_GROUPED, "sliding_window": None}),
@@ -87,7 +89,7 @@ def build(name: str, attn_implementation: str = "sdpa", **settings) -> PreTraine
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(4)  # initialised so small that attention is all but uniform
+                parameter.mul_(family.sharpen)
     return model.eval()
 
 

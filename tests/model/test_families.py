@@ -148,6 +148,35 @@ def test_several_branches_are_sdpa_with_a_multiplicity_mask(family):
     torch.testing.assert_close(outputs(dilated(sdpa, BRANCHES), inputs), expected, **DROP_IN)
 
 
+@pytest.mark.feature("cached logits and gradients of sdpa")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_one_branch_is_sdpa_through_a_cache(family, cache):
+    """A left-padded batch, prefilled in two chunks and then token by token; a static cache has no gradient."""
+    sdpa = build(family)
+    ids = tokens_of(2, TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = positions_of(mask)
+
+    def run(model):
+        past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=50)
+        parts, start = [], 0
+        for stop in (9, 16, *range(17, 25)):
+            step = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
+            step |= {"attention_mask": mask[:, :stop], "past_key_values": past, "use_cache": True}
+            parts.append(outputs(model, step))
+            start = stop
+        return torch.cat(parts, 1)[mask[:, :24].bool()]
+
+    model = dilated(sdpa, ONE_BRANCH)
+    with torch.set_grad_enabled(cache == "dynamic"):
+        expected, out = run(sdpa), run(model)
+    torch.testing.assert_close(out, expected, **DROP_IN)
+    if cache == "dynamic":
+        assert_same_gradients(gradients(model, out), gradients(sdpa, expected))
+
+
 @pytest.mark.feature("cached decoding as the full forward")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", CAUSAL)
@@ -181,9 +210,11 @@ GENERATIONS = {
 
 def generate(model, mask, **settings):
     torch.manual_seed(17)
-    return model.generate(
-        tokens_of(2, 13), attention_mask=mask, max_new_tokens=9, min_new_tokens=9, pad_token_id=0, **settings
-    )
+    result = model.generate(
+        tokens_of(2, 13), attention_mask=mask, max_new_tokens=9, min_new_tokens=9, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True, **settings,
+    )  # fmt: skip
+    return result.sequences, torch.stack(result.logits)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -196,13 +227,15 @@ def test_generate_as_sdpa_and_as_without_cache(family, way, cache):
     mask = torch.ones(2, 13, dtype=torch.long)
     mask[0, :4] = 0
     settings = {**GENERATIONS[way], "cache_implementation": cache}
-    expected = generate(sdpa, mask, **settings)
-    assert torch.equal(generate(dilated(sdpa, ONE_BRANCH), mask, **settings), expected)
+    expected, expected_logits = generate(sdpa, mask, **settings)
+    tokens, logits = generate(dilated(sdpa, ONE_BRANCH), mask, **settings)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, expected_logits, **DROP_IN)
     model = dilated(sdpa, BRANCHES)
-    found = generate(model, mask, **settings)
+    tokens, logits = generate(model, mask, **settings)
     without = {key: value for key, value in GENERATIONS[way].items() if key != "prefill_chunk_size"}
-    assert torch.equal(found, generate(model, mask, use_cache=False, **without))
-    assert not torch.equal(found, expected)
+    assert torch.equal(tokens, generate(model, mask, use_cache=False, **without)[0])
+    assert not torch.allclose(logits, expected_logits, **DROP_IN)
 
 
 @pytest.mark.feature("generate(): left-padded as alone")

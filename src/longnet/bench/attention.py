@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import resource
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from longnet.attention.backends import dispatch
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
-from longnet.bench.record import interleaved
+from longnet.bench.record import interleaved, ratio
 
 Row = dict[str, Any]
 
@@ -99,12 +100,17 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
     def without_grad(forward: Callable[[], Tensor]) -> Callable[[], object]:
         return torch.no_grad()(forward)
 
-    forward_times = interleaved(
-        [without_grad(dense), without_grad(dilated), lambda: _bare(by_shape, backward=False)], settings.repeats, device
-    )
-    both_times = interleaved(
-        [backward(dense), backward(dilated), lambda: _bare(by_shape, backward=True)], settings.repeats, device
-    )
+    rounds = settings.repeats
+    names = ("dense", "dilated", "bare")
+    figures: dict[str, float] = {}
+    for key, cases in (
+        ("forward", [without_grad(dense), without_grad(dilated), lambda: _bare(by_shape, backward=False)]),
+        ("both", [backward(dense), backward(dilated), lambda: _bare(by_shape, backward=True)]),
+    ):
+        seconds = dict(zip(names, interleaved(cases, rounds, device), strict=True))
+        figures |= {f"{key}_{name}_s": statistics.median(seconds[name]) for name in names}
+        figures[f"{key}_speedup"] = ratio(seconds["dense"], seconds["dilated"])
+        figures[f"{key}_over_bare"] = ratio(seconds["dilated"], seconds["bare"])
     flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
     dense_flops = 4 * settings.head_dim * settings.num_heads * tokens * (tokens + 1) // 2
     return {
@@ -114,12 +120,7 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
         "heads": settings.num_heads,
         "head_dim": settings.head_dim,
         "dtype": str(q.dtype).removeprefix("torch."),
-        **{f"forward_{name}_s": t for name, t in zip(("dense", "dilated", "bare"), forward_times, strict=True)},
-        **{f"both_{name}_s": t for name, t in zip(("dense", "dilated", "bare"), both_times, strict=True)},
-        "forward_speedup": forward_times[0] / forward_times[1],
-        "both_speedup": both_times[0] / both_times[1],
-        "forward_over_bare": forward_times[1] / forward_times[2],
-        "both_over_bare": both_times[1] / both_times[2],
+        **figures,
         "flop_ratio": dense_flops / flops,
     }
 
@@ -134,12 +135,13 @@ def per_token(settings: Settings, device: torch.device) -> Iterator[Row]:
         gate(q, k, v, dout, pattern, gather(q, k, v, dout, pattern))
         with torch.no_grad():
             # A short run is repeated so that every length is timed over as much work.
-            rounds = max(1, settings.token_lengths[-1] // tokens // 4)
-            seconds = [
-                interleaved([lambda: dilated_attention(q, k, v, pattern, is_causal=True)], 1, device)[0]  # noqa: B023
-                for _ in range(rounds)
-            ]
-        each = sorted(seconds)[len(seconds) // 2] / tokens
+            rounds = max(1, settings.token_lengths[-1] // tokens // 2)
+            (seconds,) = interleaved(
+                [lambda: dilated_attention(q, k, v, pattern, is_causal=True)],  # noqa: B023
+                rounds,
+                device,
+            )
+        each = statistics.median(seconds) / tokens
         flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
         first = first or each
         yield {

@@ -39,17 +39,22 @@ def append(rows: Sequence[Mapping[str, Any]], path: Path, device: torch.device) 
             file.write(json.dumps({**about, **row}) + "\n")
 
 
-def interleaved(cases: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Return the median seconds of each case over `repeats` rounds, each round running every case once.
+def interleaved(cases: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Return the seconds of each case in each of `repeats` rounds; a round runs every case once.
 
-    Shared machines drift; within a round the cases meet the same machine, so their ratios hold. A first round is not
-    counted.
+    Shared machines drift; within a round the cases meet the same machine, so the median of their ratios holds. A first
+    round is not counted.
     """
     seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(1 + repeats):
         for case, times in zip(cases, seconds, strict=True):
             times.append(_seconds(case, device))
-    return [statistics.median(times[1:]) for times in seconds]
+    return [times[1:] for times in seconds]
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over rounds of the ratio of two cases."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def _seconds(case: Callable[[], object], device: torch.device) -> float:
