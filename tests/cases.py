@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longnet import DilationPattern, dilated_attention
+from longnet.attention import reference
+from longnet.attention.dilated import document_bounds, padding_bounds
 
 
 @dataclass
@@ -27,24 +29,28 @@ class Case:
         dout = torch.randn(self.q.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
         return (8 * dout).round() / 8
 
-    def magnitudes(self) -> tuple[float, dict[str, float]]:
-        """Return the largest logit, output and gradients, each with the absolute values of its terms summed."""
+    def magnitudes(self) -> tuple[float, dict[str, Tensor]]:
+        """Return the largest logit, and for each output and gradient its terms' absolute values summed, per element."""
         group = self.q.shape[1] // self.k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (self.k, self.v))
         scale = self.q.shape[3] ** -0.5
-        scores = scale * self.q @ k.mT
         logit = (scale * self.q.abs() @ k.abs().mT).max().item()
-        _, lse = dilated_attention(
-            self.q, self.k, self.v, self.pattern,
-            is_causal=self.is_causal, return_lse=True, backend="reference", **self.masks,
-        )  # fmt: skip
-        # Masked pairs stay in, with p ≤ 1: an upper bound.
-        p = torch.exp((scores - lse.unsqueeze(-1)).clamp(max=0)).nan_to_num(0, 0, 0)
+        bounds = None
+        if "padding_mask" in self.masks:
+            bounds = padding_bounds(self.masks["padding_mask"])
+        elif "cu_seqlens" in self.masks:
+            bounds = document_bounds(self.masks["cu_seqlens"], self.k.shape[2])
+        # With the identity for values the oracle's output is its probabilities.
+        identity = torch.eye(k.shape[2], dtype=torch.float64).expand(*self.k.shape[:3], -1)
+        p, _ = reference.attend(
+            self.q, self.k, identity, self.pattern, bounds=bounds, is_causal=self.is_causal, scale=scale
+        )
         dp = self.dout().abs() @ v.abs().mT
         ds = scale * p * (dp + (p * dp).sum(-1, keepdim=True))
-        terms = {"out": p @ v.abs(), "dq": ds @ k.abs(), "dk": ds.mT @ self.q.abs(), "dv": p.mT @ self.dout().abs()}
-        magnitudes = {name: group * term.max().item() for name, term in terms.items()}
-        return logit, {**magnitudes, "lse": logit}
+        terms = {"out": p @ v.abs(), "lse": torch.tensor(logit), "dq": ds @ k.abs()}
+        for name, term in (("dk", ds.mT @ self.q.abs()), ("dv", p.mT @ self.dout().abs())):
+            terms[name] = term.unflatten(1, (-1, group)).sum(2)
+        return logit, terms
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """Return out, lse and the gradients of a fixed random projection of out."""

@@ -94,7 +94,7 @@ def bench_attention(
     Parameters
     ----------
     quick
-        Fewer and shorter lengths: about a minute on two cores, where the whole takes half an hour.
+        Fewer and shorter lengths: about a minute on two cores, where the whole takes some fifteen.
     device
         "cpu", "cuda", or "auto" for CUDA where there is one.
     repeats
@@ -110,6 +110,9 @@ def bench_attention(
     from longnet.bench import attention, record
     from longnet.plots import draw_runtime
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+    output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the measurements, not after
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but this machine has no CUDA device: leave --device away")
@@ -148,7 +151,7 @@ def main() -> None:
     """Run the command line; the entry point of `longnet`."""
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
-    except (cyclopts.CycloptsError, ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
+    except (cyclopts.CycloptsError, ValueError, OSError) as error:
         print(f"longnet: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -166,4 +169,4 @@ def _hops(pattern: DilationPattern, tokens: int) -> str:
         return f"layers until every token can have heard of every other: unknown ({error})"
     if hops == math.inf:
         return "some tokens never hear of each other, however deep the model"
-    return f"every token can have heard of every other after {hops} layers, given a head per phase"
+    return f"without causality, and with a head per phase, all tokens can have heard of each other after {hops} layers"

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import patterns
@@ -60,7 +60,6 @@ def hops_by_search(pattern, tokens):
     return hops
 
 
-@settings(max_examples=100)
 @given(patterns(), st.integers(0, 40))
 def test_hops_of_any_pattern(pattern, tokens):
     assert pattern.hops(tokens=tokens) == hops_by_search(pattern, tokens)

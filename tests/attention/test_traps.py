@@ -31,6 +31,17 @@ def test_a_last_dim_of_another_stride_than_one():
     check(*torch.randn(3, 1, 2, 40, 16)[..., ::2], is_causal=True)
 
 
+def test_rows_that_overlap():
+    base = torch.randn(1, 2, 60)
+    windows = base.unfold(2, 16, 1)  # rows one element apart
+    check(windows, windows, windows, is_causal=True)
+    leaf = base.clone().requires_grad_()
+    other = base.clone().requires_grad_()
+    dilated_attention(*[leaf.unfold(2, 16, 1)] * 3, PATTERN).square().sum().backward()
+    dilated_attention(*[other.unfold(2, 16, 1).contiguous()] * 3, PATTERN).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
 def test_a_gradient_of_stride_zero():
     q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in "qkv")
     dilated_attention(q, k, v, PATTERN).sum().backward()  # sum's gradient is one number, expanded

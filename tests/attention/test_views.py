@@ -1,7 +1,7 @@
 """The tile plan against a count of pairs, and the folding of axes against plain indexing."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import patterns
@@ -38,7 +38,6 @@ def pairs_of(tiles, batch, heads, kv_heads, queries, tokens, layout, max_rows):
     return count.view(*shape_q, *shape_k), firsts.view(shape_q)
 
 
-@settings(max_examples=150)
 @given(
     pattern=patterns(),
     batch=st.integers(1, 2),

@@ -27,6 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "feature(name): the row of the compatibility table that the test stands for")
+    if config.getoption("--compatibility-table") and (
+        hasattr(config, "workerinput") or config.getoption("numprocesses", None)
+    ):
+        raise pytest.UsageError("--compatibility-table needs one process, which sees every test: leave out -n")
     config.stash[_RESULTS] = collections.defaultdict(list)
 
 

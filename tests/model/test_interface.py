@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -192,7 +194,28 @@ def test_softcap_is_refused():
     run(dilated(Gemma2ForCausalLM(config).eval(), ONE_BRANCH))
 
 
-@pytest.mark.parametrize("keyword", ["s_aux", "position_bias", "cache", "block_table"])
+def test_an_encoder_decoder_is_refused_at_equal_lengths_too():
+    config = BartConfig(
+        vocab_size=101, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+    )  # fmt: skip
+    model = dilated(BartForConditionalGeneration(config).eval(), ONE_BRANCH)
+    for length in (20, 19):
+        with pytest.raises(ValueError, match="encoder-decoder"):
+            model(tokens_of(1, 20), decoder_input_ids=tokens_of(1, length))
+
+
+def test_cu_seq_lens_that_differ_are_refused():
+    q = torch.randn(1, 2, 5, 8)
+    model = dilated(build("Llama"), ONE_BRANCH)
+    edges, others = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 5])
+    with pytest.raises(ValueError, match="cu_seq_lens_k, equal to it"):
+        dilated_attention_forward(
+            model.model.layers[0].self_attn, q, q, q, None, cu_seq_lens_q=edges, cu_seq_lens_k=others
+        )
+
+
+@pytest.mark.parametrize("keyword", ["s_aux", "position_bias", "cache", "block_table", "indices", "sinks", "head_mask"])
 def test_keywords_that_change_the_result_are_refused(keyword):
     q = torch.randn(1, 2, 5, 8)
     layer = build("Llama").model.layers[0].self_attn

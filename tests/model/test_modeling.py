@@ -359,3 +359,26 @@ def test_the_head_is_the_transposed_embedding_when_tied():
     hidden = made.model(ids).last_hidden_state
     assert torch.equal(made(ids).logits, F.linear(hidden, made.model.embed_tokens.weight))
     assert made(ids, logits_to_keep=3).logits.shape == (1, 3, 61)
+
+
+def test_documents_that_start_late_are_refused_with_xpos():
+    """The scales of xPos count from multiples of 96 here, segments from each document's start."""
+    made, ids = model(), tokens(1, 140)
+    late = torch.cat([torch.arange(20), torch.arange(5, 125)])[None]
+    with pytest.raises(ValueError, match=r"start at \[0, 5\]"):
+        made(ids, position_ids=late)
+    with pytest.raises(ValueError, match=r"start at \[5\]"):
+        made(ids[:, :8], position_ids=torch.arange(5, 13)[None], past_key_values=DynamicCache(config=made.config))
+    edges = torch.tensor([0, 11, 140], dtype=torch.int32)
+    with pytest.raises(ValueError, match="position_ids that restart"):
+        made(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges)
+    moved = made(ids[:, :8], position_ids=torch.arange(5, 13)[None]).logits  # within one block only differences count
+    torch.testing.assert_close(moved, made(ids[:, :8]).logits, atol=FLOAT64, rtol=0)
+
+
+def test_a_cache_that_is_given_comes_back():
+    made, ids = model(), tokens(1, 12)
+    cache = DynamicCache(config=made.config)
+    out = made(ids, position_ids=torch.arange(12)[None], past_key_values=cache)
+    assert out.past_key_values is cache
+    assert cache.get_seq_length() == 12

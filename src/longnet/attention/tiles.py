@@ -78,8 +78,13 @@ def differentiate_tiles(
 
 
 def rows_dense(x: Tensor) -> Tensor:
-    """Return x with a last stride of 1: ATen's CPU kernel reads garbage, silently, where it is another."""
-    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+    """Return x with a last stride of 1 and rows that do not overlap, copied if need be.
+
+    ATen's CPU kernel reads garbage, silently, where the last stride is another; where rows overlap (`unfold`), what is
+    allocated in their layout is no layout.
+    """
+    overlaps = 0 < x.stride(2) < x.shape[3] and x.shape[2] > 1
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(3) != 1 or overlaps else x
 
 
 def empty_like(x: Tensor) -> Tensor:

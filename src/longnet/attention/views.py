@@ -19,6 +19,8 @@ from torch import Tensor
 
 from longnet.attention.pattern import DilationPattern, kept_rows
 
+Strides = tuple[int, ...]  # of batch rows, heads, positions
+
 
 class Run(NamedTuple):
     """Positions `start` … `stop` − 1 of `rows` batch rows from `row` on: real tokens that attend to one another."""
@@ -75,7 +77,7 @@ class Plan(NamedTuple):
     is_complete: bool
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)  # packed documents make a plan a batch, of up to a megabyte
 def plan(
     pattern: DilationPattern,
     *,
@@ -240,7 +242,7 @@ class Block(NamedTuple):
         )
 
 
-def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_rows: int) -> Iterator[Block]:
+def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_rows: int) -> tuple[Block, ...]:
     """Fold a tile's axes into kernel calls of at most `max_rows` query rows where the batch axis can be cut.
 
     Args:
@@ -249,11 +251,19 @@ def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_
         kv_like: every tensor (B, G, T, …) that it reads or writes at the keys' rows.
         max_rows: bound on batch · heads · rows of one call; a call has at least one batch entry.
     """
-    axes = _fold([axis for axis in tile.axes if axis.size > 1], q_like, kv_like)
+    return _blocks(tile, tuple(x.stride()[:3] for x in q_like), tuple(x.stride()[:3] for x in kv_like), max_rows)
+
+
+@functools.lru_cache(maxsize=1024)
+def _blocks(
+    tile: Tile, q_strides: tuple[Strides, ...], kv_strides: tuple[Strides, ...], max_rows: int
+) -> tuple[Block, ...]:
+    axes = _fold([axis for axis in tile.axes if axis.size > 1], q_strides, kv_strides)
     axes.sort(key=lambda axis: -axis.size)
     axes += [Axis(1)] * (2 - len(axes))
     batch, heads, *looped = axes
     at_once = min(batch.size, _MAX_BATCH, max(1, max_rows // (heads.size * tile.q_rows)))
+    calls = []
     for steps in itertools.product(*(range(axis.size) for axis in looped)):
         for start in range(0, batch.size, at_once):
             moves = [*zip(looped, steps, strict=True), (batch, start)]
@@ -265,13 +275,16 @@ def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_
                 q_start=tile.q_start + sum(axis.position * n for axis, n in moves),
                 k_start=tile.k_start + sum(axis.position * n for axis, n in moves),
             )
-            yield Block(
-                moved,
-                replace(batch, size=min(at_once, batch.size - start)),
-                heads,
-                q_first=tile.is_first,
-                kv_first=tile.is_first and not any(n for axis, n in moves if _shares_keys(axis)),
+            calls.append(
+                Block(
+                    moved,
+                    replace(batch, size=min(at_once, batch.size - start)),
+                    heads,
+                    q_first=tile.is_first,
+                    kv_first=tile.is_first and not any(n for axis, n in moves if _shares_keys(axis)),
+                )
             )
+    return tuple(calls)
 
 
 _MAX_BATCH = 65535  # a CUDA grid's second and third dimensions end there
@@ -281,21 +294,21 @@ def _shares_keys(axis: Axis) -> bool:
     return axis.row == axis.position == axis.kv_head == 0
 
 
-def _fold(axes: list[Axis], q_like: Sequence[Tensor], kv_like: Sequence[Tensor]) -> list[Axis]:
+def _fold(axes: list[Axis], q_strides: Sequence[Strides], kv_strides: Sequence[Strides]) -> list[Axis]:
     """Join pairs of axes that are one stride apart in every tensor, so that one kernel axis walks both."""
 
     def strides(axis: Axis) -> list[int]:
         return [
-            axis.row * x.stride(0) + head * x.stride(1) + axis.position * x.stride(2)
-            for tensors, head in ((q_like, axis.q_head), (kv_like, axis.kv_head))
-            for x in tensors
+            axis.row * row + step * head + axis.position * position
+            for tensors, step in ((q_strides, axis.q_head), (kv_strides, axis.kv_head))
+            for row, head, position in tensors
         ]
 
     for outer, inner in itertools.permutations(range(len(axes)), 2):
-        if strides(axes[outer]) == [inner_stride * axes[inner].size for inner_stride in strides(axes[inner])]:
+        if strides(axes[outer]) == [stride * axes[inner].size for stride in strides(axes[inner])]:
             joined = replace(axes[inner], size=axes[outer].size * axes[inner].size)
             rest = [axis for index, axis in enumerate(axes) if index not in (outer, inner)]
-            return _fold([*rest, joined], q_like, kv_like)
+            return _fold([*rest, joined], q_strides, kv_strides)
     return axes
 
 

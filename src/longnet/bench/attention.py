@@ -5,6 +5,7 @@ Nothing is timed before the op has agreed with an independent path (`gathered`) 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import re
 import resource
@@ -126,34 +127,40 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
 
 
 def per_token(settings: Settings, device: torch.device) -> Iterator[Row]:
-    """Time the forward pass per token as the sequence, and with it the geometric pattern, grows."""
-    first = None
+    """Time the forward pass per token as the sequence, and with it the geometric pattern, grows.
+
+    All lengths take turns in each round, a short one as often as fills the longest, so that their ratios hold.
+    """
     settings = replace(settings, num_heads=settings.token_heads)
-    for tokens in settings.token_lengths:
-        pattern = DilationPattern.geometric(2048, tokens)
+    patterns = [DilationPattern.geometric(2048, tokens) for tokens in settings.token_lengths]
+    tensors = []
+    for tokens, pattern in zip(settings.token_lengths, patterns, strict=True):
         q, k, v, dout = _tensors(tokens, settings, device)
         gate(q, k, v, dout, pattern, gather(q, k, v, dout, pattern))
-        with torch.no_grad():
-            # A short run is repeated so that every length is timed over as much work.
-            rounds = max(1, settings.token_lengths[-1] // tokens // 2)
-            (seconds,) = interleaved(
-                [lambda: dilated_attention(q, k, v, pattern, is_causal=True)],  # noqa: B023
-                rounds,
-                device,
-            )
-        each = statistics.median(seconds) / tokens
+        tensors.append((q, k, v))
+
+    def forward(index: int) -> None:
+        q, k, v = tensors[index]
+        for _ in range(max(settings.token_lengths) // settings.token_lengths[index]):
+            dilated_attention(q, k, v, patterns[index], is_causal=True)
+
+    first_tokens = max(settings.token_lengths) // settings.token_lengths[0] * settings.token_lengths[0]
+    with torch.no_grad():
+        cases = [functools.partial(forward, index) for index in range(len(tensors))]
+        seconds = interleaved(cases, settings.repeats, device)
+    for tokens, pattern, times in zip(settings.token_lengths, patterns, seconds, strict=True):
         flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
-        first = first or each
+        calls = max(settings.token_lengths) // tokens
         yield {
             "case": "per_token",
             "pattern": str(pattern),
             "tokens": tokens,
             "heads": settings.num_heads,
             "head_dim": settings.head_dim,
-            "dtype": str(q.dtype).removeprefix("torch."),
-            "forward_us_per_token": each * 1e6,
+            "dtype": str(tensors[0][0].dtype).removeprefix("torch."),
+            "forward_us_per_token": statistics.median(times) / (calls * tokens) * 1e6,
             "flops_per_token": flops / tokens,
-            "over_shortest": each / first,
+            "over_shortest": ratio([t / (calls * tokens) for t in times], [t / first_tokens for t in seconds[0]]),
         }
 
 

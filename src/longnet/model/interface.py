@@ -225,6 +225,11 @@ _REFUSED = {
     "softcap": "soft-capped logits cannot be honoured (attn_logit_softcapping=None in the config switches them off)",
     "s_aux": "attention sinks (s_aux) cannot be honoured",
     "position_bias": "an additive position bias cannot be honoured: choose a model with rotary or absolute positions",
+    "indices": "sparse indices of the model's own cannot be honoured",
+    "block_indices": "sparse indices of the model's own cannot be honoured",
+    "topk_indices": "sparse indices of the model's own cannot be honoured",
+    "sinks": "attention sinks cannot be honoured",
+    "head_mask": "a head_mask cannot be honoured: zero the head's columns of the output projection instead",
     "cache": "a paged cache cannot be honoured: use the dynamic or the static cache",
     "block_table": "a paged cache cannot be honoured: use the dynamic or the static cache",
 }
@@ -250,6 +255,8 @@ def _refusal(
             f"attention dropout of {dropout} cannot be honoured: load the model with attention_dropout=0.0 "
             "(attn_pdrop in GPT-2, attention_probs_dropout_prob in BERT)"
         )
+    if getattr(_config_of(module), "is_encoder_decoder", False):
+        return "an encoder-decoder model attends across two sequences, which share no segments: it cannot be dilated"
     if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
         return "cross-attention cannot be dilated: queries and keys share no segments"
     if not query.shape[3] == key.shape[3] == value.shape[3]:
@@ -284,7 +291,8 @@ def _refusal(
             )
         if visible is not None and visible.is_padded:
             return "an attention_mask beside cu_seq_lens is ambiguous: packed documents need no mask"
-        if kwargs.get("cu_seq_lens_k") is None:
+        q_edges, k_edges = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
+        if k_edges is None or (not torch.compiler.is_compiling() and not torch.equal(q_edges, k_edges)):
             return "cu_seq_lens_q needs cu_seq_lens_k, equal to it"
     return None
 

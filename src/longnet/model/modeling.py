@@ -234,8 +234,12 @@ class LongNetModel(LongNetPreTrainedModel):
                 "leave out past_key_values and use_cache"
             )
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and position_ids is None
+            use_cache = past_key_values is not None or (
+                self.config.use_cache and not self.training and position_ids is None
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError("cu_seq_lens needs position_ids that restart with each document, as collators send them")
         past_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
         rotations = None
         highest = None
@@ -245,7 +249,10 @@ class LongNetModel(LongNetPreTrainedModel):
         elif attention_mask is None and (use_cache or past_key_values is not None):
             _refuse_packed(position_ids)
         if self.rotary is not None:
-            rotations = self._rotations(self.rotary, position_ids, hidden_states, past_tokens, highest)
+            is_cached = bool(use_cache) or past_key_values is not None
+            rotations = self._rotations(
+                self.rotary, position_ids, hidden_states, past_tokens, highest, is_cached=is_cached
+            )
         # Packed documents are looked for only where there is no cache: an empty one is made after the mask.
         mask = create_causal_mask(
             config=self.config,
@@ -271,7 +278,14 @@ class LongNetModel(LongNetPreTrainedModel):
         )
 
     def _rotations(
-        self, rotary: RotaryPositions, position_ids: Tensor, hidden_states: Tensor, past_tokens: Any, highest: Any
+        self,
+        rotary: RotaryPositions,
+        position_ids: Tensor,
+        hidden_states: Tensor,
+        past_tokens: Any,
+        highest: Any,
+        *,
+        is_cached: bool,
     ) -> tuple[Rotation, Rotation]:
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -280,18 +294,8 @@ class LongNetModel(LongNetPreTrainedModel):
         period = math.lcm(*self.config.segment_lengths) if is_dilated else None
         if rotary.xpos_scale_base is not None and not torch.compiler.is_compiling() and position_ids.numel():
             rotary.refuse_beyond(int(position_ids.max() if highest is None else highest), dtype=dtype, period=period)
-            # Segments count from a row's first token, so the blocks of the scales must, too.
-            starts = position_ids.min(-1)[0] if highest is None and not int(past_tokens) else None
-            if (
-                period is not None
-                and starts is not None
-                and bool((starts % period).any())
-                and bool((position_ids >= period).any())
-            ):
-                raise ValueError(
-                    f"xPos scales count from multiples of {period}, where all segments start, got rows whose "
-                    f"position_ids start at {starts.tolist()}: start at 0, or use position_embedding='rope'"
-                )
+            if period is not None and highest is None and not int(past_tokens):
+                _refuse_late_starts(position_ids, period, is_cached=is_cached)
         rotations: tuple[Rotation, Rotation] = rotary(position_ids, dtype=dtype, period=period)
         return rotations
 
@@ -408,6 +412,17 @@ def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
     positions: Tensor = torch.arange(tokens, device=hidden_states.device) + past_tokens
     return positions[None]
+
+
+def _refuse_late_starts(position_ids: Tensor, period: int, *, is_cached: bool) -> None:
+    # Segments count from a document's first token, so the blocks of xPos scales must, too. Padding repeats a position.
+    steps = position_ids.diff(dim=-1)
+    starts = torch.cat([position_ids[:, 0], position_ids[:, 1:][(steps != 0) & (steps != 1)]])
+    if bool((starts % period).any()) and (is_cached or bool((position_ids >= period).any())):
+        raise ValueError(
+            f"xPos scales count from multiples of {period}, where all segments start, got documents whose position_ids "
+            f"start at {starts.tolist()[:8]}: start at 0, or use position_embedding='rope'"
+        )
 
 
 def _refuse_packed(position_ids: Tensor) -> None:

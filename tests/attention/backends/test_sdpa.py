@@ -39,7 +39,7 @@ def test_a_kernels_backward_takes_the_merged_output(kernel, is_causal):
 
 
 @pytest.mark.parametrize("kernel", ON_CUDA, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("rows", [64, 65])
+@pytest.mark.parametrize("rows", [1, 64, 65])
 def test_cuda_kernels_by_shape(kernel, rows):
     q, k, v, dout = (torch.empty(3, rows, 4, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "qkvo")
     out, lse = kernel.attend(q, k, v, is_causal=True, scale=0.1)

@@ -95,6 +95,8 @@ class CuDNN(_CUDA):
         return bool(torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if k.shape[2] == 1:  # which cuDNN refuses
+            return FlashCUDA().attend(q, k, v, is_causal=is_causal, scale=scale)
         q, k, v = (_int32_addressable(x) for x in (q, k, v))
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, is_causal, False, scale=scale
@@ -104,6 +106,8 @@ class CuDNN(_CUDA):
     def attend_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float
     ) -> _Grads:
+        if k.shape[2] == 1:
+            return FlashCUDA().attend_backward(dout, q, k, v, out, lse, is_causal=is_causal, scale=scale)
         dout, q, k, v, out = (_int32_addressable(x) for x in (dout, q, k, v, out))
         unused = q.new_empty((), dtype=torch.int64)
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -167,7 +171,7 @@ class Efficient(_CUDA):
 
 
 class Math:
-    """Plain PyTorch, any device and float dtype: M·N scores a head at once. The last resort, and float64 on CUDA."""
+    """Plain PyTorch, any device and float dtype, all M·N scores of a call at once. The last resort; float64 on CUDA."""
 
     name = "math"
 
