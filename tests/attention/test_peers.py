@@ -7,7 +7,7 @@ from longnet import DilationPattern, dilated_attention
 from tolerances import FLOAT64
 
 
-def close(q, k, v, pattern, **keywords):
+def check(q, k, v, pattern, **keywords):
     got = dilated_attention(q, k, v, pattern, **keywords)
     want = dilated_attention(q, k, v, pattern, backend="reference", **keywords)
     torch.testing.assert_close(got, want, atol=FLOAT64, rtol=0)
@@ -22,7 +22,7 @@ def normal(*shape, std=1.0):
 @pytest.mark.parametrize("offsets", ["mod", "block"])
 def test_torchscale_attends_to_zero_padded_tails(tokens, offsets):
     q, k, v = (normal(2, 4, tokens, 8) for _ in "qkv")
-    close(q, k, v, DilationPattern((16, 32), (1, 2), offsets), is_causal=False)
+    check(q, k, v, DilationPattern((16, 32), (1, 2), offsets), is_causal=False)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -30,7 +30,7 @@ def test_torchscale_shifts_segments_where_the_rate_does_not_divide(is_causal):
     # The paper's 16384/6 and 32768/12, a thousandth of the size: 16 = 2·6 + 4, 32 = 2·12 + 8.
     pattern = DilationPattern((8, 16, 32), (1, 6, 12))
     q, k, v = (normal(1, 12, 96, 8) for _ in "qkv")
-    close(q, k, v, pattern, is_causal=is_causal)
+    check(q, k, v, pattern, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("std", [1.0, 2.0, 4.0])
@@ -50,7 +50,7 @@ def test_torchscale_detaches_the_mixture_weights(std):
 def test_torchscale_fails_past_the_smallest_segment_when_cached():
     pattern = DilationPattern((4, 8), (1, 2))
     q, k, v = (normal(1, 2, 20, 4) for _ in "qkv")
-    full = close(q, k, v, pattern, is_causal=True)
+    full = check(q, k, v, pattern, is_causal=True)
     for now in range(20):  # odd steps, and the first after position 4
         step = dilated_attention(
             q[:, :, now : now + 1], k[:, :, : now + 1], v[:, :, : now + 1], pattern, is_causal=True
@@ -103,7 +103,7 @@ def test_fkodom_has_heads_that_are_always_zero_on_the_papers_pattern():
 
 def test_kyegomez_returns_fewer_tokens_and_knows_no_causality():
     q, k, v = (normal(2, 4, 50, 8) for _ in "qkv")
-    assert close(q, k, v, DilationPattern((8, 16), (1, 4)), is_causal=True).shape == q.shape
+    assert check(q, k, v, DilationPattern((8, 16), (1, 4)), is_causal=True).shape == q.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
