@@ -4,15 +4,15 @@ import sys
 
 import pytest
 
-from longnet import cli
 from longnet.bench import attention
+from longnet.cli.main import main
 
 
 def run(monkeypatch, *arguments):
     """Run the command line in this process; return the exit status."""
     monkeypatch.setattr(sys, "argv", ["longnet", *arguments])
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return stop.code or 0
     return 0
@@ -85,6 +85,6 @@ def test_bench_reports_nothing_that_its_gate_refused(monkeypatch, capsys, tmp_pa
 
 def test_the_installed_command_answers():
     shown = subprocess.run(
-        [sys.executable, "-c", "from longnet.cli import main; main()"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "from longnet.cli.main import main; main()"], capture_output=True, text=True, check=True
     )
     assert "show" in shown.stdout
