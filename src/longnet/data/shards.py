@@ -219,7 +219,9 @@ def _open_split(folder: Path, name: str, entry: Mapping[str, Any], dtype: np.dty
     offsets = folder / entry["offsets"]
     _check_array(offsets, np.dtype(np.int64), int(entry["documents"]) + 1)
     split = Split(name, int(entry["tokens"]), int(entry["bytes"]), np.load(offsets), shards)
-    if sum(shard.tokens for shard in shards) != split.tokens or int(split.documents[-1]) != split.tokens:
+    if int(split.documents[-1]) != split.tokens:
+        raise ValueError(f"{offsets} ends at token {split.documents[-1]:,}, the index says {split.tokens:,}: {_AGAIN}")
+    if sum(shard.tokens for shard in shards) != split.tokens:
         raise ValueError(f"{folder / INDEX}: the {name} shards do not add up to {split.tokens} tokens; {_AGAIN}")
     return split
 

@@ -48,10 +48,12 @@ class GrowingArray:
     def __init__(self, path: Path, dtype: np.dtype[Any], length: int = 0) -> None:
         self.path, self.dtype, self.length = path, dtype, length
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
         size = _HEADER_BYTES + length * dtype.itemsize
-        if length and path.stat().st_size < size:
-            raise ValueError(f"{path} is shorter than when it was last synced: remove its folder and start anew")
+        if length and (not path.exists() or path.stat().st_size < size):
+            raise ValueError(
+                f"{path} is shorter than when it was last synced: run the command again, which starts anew"
+            )
+        self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
         self._file.truncate(size)
         self._file.seek(size)
 
