@@ -44,10 +44,11 @@ class SourceFile:
     Attributes
     ----------
     name
-        The given path's last part and the way below it, with "/" between; it decides the split.
+        The last part of the given path (of a glob the folder before its first pattern) and the way below it, with "/"
+        between; it decides the split.
     folder
-        The highest folder below the given path that holds it, or else the file itself: what `--split-by folder` keeps
-        whole.
+        The first two parts of it, so the highest folder below the given path, or else the file itself: what
+        `--split-by folder` keeps whole.
     path
         Where to open it; for the hub what the user gave.
     size, modified
@@ -103,7 +104,7 @@ def list_corpus(sources: Sequence[str], *, suffixes: Sequence[str] = (), exclude
         if source.startswith(HUB):
             walk.files.append(SourceFile(source, source, source, 0, 0))
         elif Path(source).exists():
-            walk.take(Path(source), Path(source).name or Path(source).resolve().name)
+            walk.take(Path(source), _name(Path(source)))
         elif glob.has_magic(source):
             _take_glob(walk, source)
         else:
@@ -127,7 +128,11 @@ def _take_glob(walk: _Walk, pattern: str) -> None:
     if not found:
         raise FileNotFoundError(f"{pattern} matches nothing")
     for path in found:
-        walk.take(Path(path), Path(path).relative_to(root).as_posix())
+        walk.take(Path(path), f"{_name(root)}/{Path(path).relative_to(root).as_posix()}")
+
+
+def _name(path: Path) -> str:
+    return path.name or path.resolve().name
 
 
 class _Walk:
@@ -142,13 +147,13 @@ class _Walk:
     def take(self, path: Path, name: str) -> None:
         """Take a path that the user named."""
         if path.is_dir():
-            self._folder(path, name, path.resolve(), name.count("/") + 1)
+            self._folder(path, name, path.resolve())
         elif path.is_file():
-            self._file(path, name, name.count("/"))
+            self._file(path, name)
         else:
             self.skipped["neither file nor folder"] += 1
 
-    def _folder(self, folder: Path, name: str, root: Path, depth: int) -> None:
+    def _folder(self, folder: Path, name: str, root: Path) -> None:
         if self._again(folder):
             self.skipped["reached twice"] += 1
             return
@@ -162,22 +167,22 @@ class _Walk:
             if reason:
                 self.skipped[reason] += 1
             elif entry.is_dir():
-                self._folder(Path(entry.path), f"{name}/{entry.name}", root, depth)
+                self._folder(Path(entry.path), f"{name}/{entry.name}", root)
             else:
-                self._file(Path(entry.path), f"{name}/{entry.name}", depth)
+                self._file(Path(entry.path), f"{name}/{entry.name}")
 
-    def _file(self, path: Path, name: str, depth: int) -> None:
+    def _file(self, path: Path, name: str) -> None:
         if self._again(path):
             self.skipped["reached twice"] += 1
             return
         status = path.stat()
-        folder = "/".join(name.split("/")[: depth + 1])
+        folder = "/".join(name.split("/")[:2])
         self.files.append(SourceFile(name, folder, path, status.st_size, status.st_mtime_ns))
 
     def _again(self, path: Path) -> bool:
         """Return whether the path leads to what has been reached already."""
-        real = path.resolve().stat()
-        key = (real.st_dev, real.st_ino)
+        status = path.stat()
+        key = (status.st_dev, status.st_ino)
         known = key in self._seen
         self._seen.add(key)
         return known
@@ -189,10 +194,9 @@ class _Walk:
         if any(fnmatch.fnmatch(entry.name, pattern) for pattern in self._exclude):
             return "excluded"
         if entry.is_symlink():
-            target = Path(entry.path).resolve()
-            if not target.exists():
+            if not os.path.exists(entry.path):  # noqa: PTH110  # pathlib raises for a link to itself
                 return "broken links"
-            if target.is_relative_to(root):
+            if Path(entry.path).resolve().is_relative_to(root):
                 return "links within the folder"  # what they lead to is reached by its own path
         if entry.is_dir():
             if entry.name in _NO_SOURCE or any(Path(entry.path, marker).exists() for marker in _MARKERS):

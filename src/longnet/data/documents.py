@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,16 +97,16 @@ def _cut(text: bytes) -> int:
 
 def _json_lines(file: SourceFile, text_field: str, _: bool) -> Iterator[Piece | Skipped]:
     path = Path(file.path)
-    with path.open("rb") as raw, _decompressed(raw, file) as lines:
-        number = 0
-        while True:
+    damage = (EOFError, OSError, zlib.error, *([_zstandard(file).ZstdError] if file.kind == ".jsonl.zst" else []))
+    with path.open("rb") as raw:
+        lines = _lines(raw, file)
+        for number in itertools.count(1):
             try:
-                line = lines.readline()
-            except _damage(file) as error:
-                raise ValueError(f"{path} is damaged after line {number} ({error}): copy it anew") from error
-            if not line:
+                line = next(lines, None)
+            except damage as error:
+                raise ValueError(f"{path} is damaged after line {number - 1} ({error}): copy it anew") from error
+            if line is None:
                 return
-            number += 1
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
@@ -121,13 +119,31 @@ def _json_lines(file: SourceFile, text_field: str, _: bool) -> Iterator[Piece | 
             yield _record(record, text_field, where, f"{file.name}:{number}", raw.tell())
 
 
-def _decompressed(raw: BinaryIO, file: SourceFile) -> AbstractContextManager[BinaryIO]:
+def _lines(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     if file.kind == ".jsonl.gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if file.kind == ".jsonl.zst":
-        reader = _zstandard(file).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 2**20)
-    return raw
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield from stream
+    elif file.kind == ".jsonl.zst":
+        held = b""
+        for content in _frames(raw, file):
+            *lines, held = (held + content).split(b"\n")
+            yield from lines
+        yield held
+    else:
+        yield from raw
+
+
+def _frames(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
+    """Yield what Zstandard frames hold; unlike the library's own stream this notices that the last one is cut off."""
+    frame = None
+    while content := raw.read(2**16):
+        while content:
+            frame = frame or _zstandard(file).ZstdDecompressor().decompressobj()
+            yield frame.decompress(content)
+            content = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("the last frame is cut off")
 
 
 def _zstandard(file: SourceFile) -> Any:
@@ -136,11 +152,6 @@ def _zstandard(file: SourceFile) -> Any:
     except ImportError as error:
         raise ValueError(f"reading {file.path} needs the package zstandard: {_EXTRA}") from error
     return zstandard
-
-
-def _damage(file: SourceFile) -> tuple[type[Exception], ...]:
-    """Return what reading a damaged file raises."""
-    return (EOFError, OSError, zlib.error, *([_zstandard(file).ZstdError] if file.kind == ".jsonl.zst" else []))
 
 
 def _parquet(file: SourceFile, text_field: str, _: bool) -> Iterator[Piece | Skipped]:
