@@ -35,7 +35,7 @@ def test_the_blocks_of_the_data_page_run(tmp_path, monkeypatch, capsys):
         else:
             exec(compile(block, f"data.md block {number}", "exec"), names)  # noqa: S102
     assert names["input_ids"].shape == (4, 512)
-    assert names["data"].provenance["identity"]["options"]["sources"] == ["SOURCE"]
+    assert names["data"].provenance["sources"] == ["SOURCE"]
     assert '"""' in capsys.readouterr().out  # the text of a module
 
 

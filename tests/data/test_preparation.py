@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longnet.cli.main import main
 from longnet.data import assembly, encoding, writer
 from longnet.data.shards import TokenData
-from longnet.data.tokenizer import load_tokenizer
+from longnet.data.tokenizer import load_tokenizer, token_bytes
 
 
 def run(monkeypatch, *arguments):
@@ -92,7 +93,7 @@ def test_bytes_are_kept_in_path_order(corpus, monkeypatch, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "left out 1 binary, 1 empty" in printed
     assert "data is ready" in printed
-    assert TokenData.open(Path("data")).provenance["identity"]["options"]["sources"] == ["repo"]
+    assert TokenData.open(Path("data")).provenance["sources"] == ["repo"]
     assert str(corpus) not in Path("data/index.json").read_text()
 
 
@@ -172,6 +173,20 @@ def test_no_split_is_empty(corpus, monkeypatch, share, unit):
 def test_without_validation(corpus, monkeypatch):
     assert run(monkeypatch, "repo", "-o", "data", "--validation", "0") == 0
     assert len(documents(Path("data"))["train"]) == 61
+
+
+def test_a_duplicate_does_not_fill_a_split(corpus, monkeypatch):
+    """The document with the lowest hash is a duplicate: another one has to be the validation split."""
+    text = Path("repo/a/1.py").read_text()
+    names = [f"repo/z/{number}.py" for number in range(500)]
+    lowest = min(names, key=assembly._number)
+    assert assembly._number(lowest) < min(assembly._number(f"repo/{'abcdef'[n // 10]}/{n}.py") for n in range(60))
+    Path("repo/z").mkdir()
+    Path(lowest).write_text(text)
+    options = ["--validation", "1e-9", "--drop-duplicates", "--train-bpe", "260"]
+    assert run(monkeypatch, "repo", "-o", "data", *options) == 0
+    dropped = TokenData.open(Path("data")).provenance["duplicates"]
+    assert [len(texts) for texts in documents(Path("data")).values()] == [61 - dropped, 1]
 
 
 def test_adding_a_document_moves_no_other(corpus, monkeypatch):
@@ -315,6 +330,17 @@ def test_killed_it_goes_on_and_its_processes_end(corpus, monkeypatch):
     assert run(monkeypatch, *options, "-o", "killed") == 0
     assert contents(Path("killed")) == contents(Path("whole"))
     assert Path("killed/train-00000.npy").stat().st_ino == inode  # a finished shard is not written again
+
+
+def test_data_that_something_else_wrote_need_overwrite(corpus, monkeypatch, capsys):
+    tokenizer = load_tokenizer("bytes")
+    with writer.DataWriter(Path("data"), tokenizer, token_bytes(tokenizer)) as data:
+        data.splits["train"].append(np.array([7, 256]), [2], 1)
+        data.finish({})
+    assert run(monkeypatch, "repo", "-o", "data") == 2
+    assert "data was made, or begun, by other means: give another folder, or --overwrite" in capsys.readouterr().err
+    assert run(monkeypatch, "repo", "-o", "data", "--overwrite") == 0
+    assert len(documents(Path("data"))["train"]) > 50
 
 
 def test_another_command_does_not_take_over_what_was_begun(corpus, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from longnet.data.duplicates import Duplicates
 from longnet.data.encoding import Encoded, Encoder, encode_in_order
 from longnet.data.shards import SPLITS, token_dtype
 from longnet.data.tokenizer import check_vocabulary, load_tokenizer, token_bytes, train_bpe
-from longnet.data.writer import DataWriter, write_json
+from longnet.data.writer import DataWriter, save_tokenizer, write_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -130,8 +130,9 @@ class _Assembly:
         """Train a vocabulary on the train split, or load the one that was trained before the stop."""
         folder = self._work / "trained"
         if not self._state.trained:
-            train_bpe(self._training_text(), size).save_pretrained(folder)
-            self._state.trained = True
+            save_tokenizer(train_bpe(self._training_text(), size), folder)
+            # Without the units that it has seen: duplicates were among them.
+            self._state = _State(self._state.identity, self._state.date, forced=self._state.forced, trained=True)
             self._save()
         return load_tokenizer(folder)
 
@@ -273,6 +274,8 @@ class _Assembly:
         state = self._state
         packages = ("longnet-torch", "numpy", "tokenizers", "transformers")
         return {
+            "sources": list(self._options.sources),
+            "tokenizer": f"bpe {self._options.train_bpe}" if self._options.train_bpe else self._options.tokenizer,
             "date": state.date,
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "files": len(self._corpus.files),

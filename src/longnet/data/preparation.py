@@ -105,12 +105,12 @@ def _finished(folder: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
     if not (folder / INDEX).exists():
         return None
     try:
-        found = dict(read_index(folder)["provenance"]["identity"])
+        found = dict(read_index(folder)["provenance"].get("identity", {}))
         if found == identity:
             data = TokenData.open(folder)
             if overwrite:
                 data.verify()
-    except (ValueError, KeyError, FileNotFoundError):
+    except (ValueError, FileNotFoundError):
         if overwrite and (folder / TOKEN_BYTES).exists():
             return {}
         raise
@@ -118,6 +118,8 @@ def _finished(folder: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if not old:
+        return "by other means"
     was, now = old["options"], new["options"]
     named = [f"{name} {was.get(name)!r}, now {now[name]!r}" for name in now if was.get(name) != now[name]]
     if named:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 UNFINISHED = ".unfinished"
-_OURS = (*(f"{split}-[0-9]*.npy" for split in SPLITS), f"{TOKENIZER}/*")
+_OURS = (*(f"{split}-[0-9]*.npy" for split in SPLITS), f"{TOKENIZER}/**/*")
 _HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length: numpy leaves room for it to grow
 
 
@@ -85,7 +85,7 @@ class GrowingArray:
         self.sync()
         self._file.close()
         self.path.replace(path)
-        _sync_folder(path.parent)
+        _sync_name(path.parent)
 
     def close(self) -> None:
         """Close the file where it is."""
@@ -217,11 +217,12 @@ class DataWriter:
     def finish(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Put every file into its place, index.json last; return the index."""
         entries = {name: split.finish() for name, split in self.splits.items()}
-        self.tokenizer.save_pretrained(self.folder / TOKENIZER)
+        save_tokenizer(self.tokenizer, self.folder / TOKENIZER)
         with write_whole(self.folder / TOKEN_BYTES) as file:
             np.save(file, self.token_bytes)
         names = [TOKEN_BYTES, *(entry["offsets"] for entry in entries.values())]
-        names += [f"{TOKENIZER}/{path.name}" for path in sorted((self.folder / TOKENIZER).iterdir())]
+        saved = (path for path in sorted((self.folder / TOKENIZER).rglob("*")) if path.is_file())
+        names += [path.relative_to(self.folder).as_posix() for path in saved]
         index = {
             "format": FORMAT, "dtype": self.dtype.name, "vocab_size": len(self.token_bytes),
             "end_of_text": self.tokenizer.eos_token_id, "fingerprint": self._fingerprint(entries), "splits": entries,
@@ -268,7 +269,14 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync_name(path.parent)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a Hugging Face tokenizer, and wait until the disk holds it."""
+    tokenizer.save_pretrained(folder)
+    for path in [folder, *folder.rglob("*")]:
+        _sync_name(path)
 
 
 def publish(folder: Path) -> None:
@@ -279,15 +287,15 @@ def publish(folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
     for name in names:
         if (work / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).replace(folder / name)
     written = [path for pattern in _OURS for path in folder.glob(pattern)]
     for path in written:
-        if path.relative_to(folder).as_posix() not in names:
+        if path.is_file() and path.relative_to(folder).as_posix() not in names:
             path.unlink()
-    _sync_folder(folder)
+    _sync_name(folder)
     (work / INDEX).replace(folder / INDEX)
-    _sync_folder(folder)
+    _sync_name(folder)
     shutil.rmtree(work)
 
 
@@ -297,9 +305,9 @@ def write_json(value: object, path: Path) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Wait until the disk holds the names in a folder, a rename among them."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync_name(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder, a rename among them."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
