@@ -3,7 +3,6 @@
 import functools
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def test_batches_that_cannot_be(arguments, message):
         Windows(stream(100), 9, seed=0).batch(**arguments)
 
 
-def test_a_billion_tokens_are_read_at_once(tmp_path):
+def test_a_billion_tokens_are_read_at_once(tmp_path, monkeypatch):
     """A sparse file of 10⁹ tokens: no batch may cost work that grows with the corpus."""
     path = tmp_path / "train-00000.npy"
     tokens = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(10**9,))
@@ -119,8 +118,11 @@ def test_a_billion_tokens_are_read_at_once(tmp_path):
     windows = Windows(
         Split("train", 10**9, 10**9, np.array([0, 10**9]), [Shard.open(path, 10**9, np.dtype(np.uint16))]), 2048, seed=0
     )
-    windows.batch(0, 1)
-    begin = time.perf_counter()
-    for step in range(10**6, 10**6 + 20):
-        windows.batch(step, 64)
-    assert 20 * 64 * 2048 / (time.perf_counter() - begin) > 1e7  # 1e8 and more on an idle core
+    windows.batch(10**6, 64)
+    with monkeypatch.context() as patch:  # the epoch's order is known: what is left is reading
+        patch.setattr(np, "argsort", None)
+        for step in range(10**6, 10**6 + 20):
+            assert windows.batch(step, 64)[0].shape == (64, 2048)
+    first, second = windows.batch(len(windows) // 64, 64)[0], windows.batch(len(windows) // 64, 64)[0]
+    assert first.equal(second)  # it reaches into the second epoch
+    assert len(windows._epochs) == 2

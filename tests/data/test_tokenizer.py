@@ -154,12 +154,15 @@ def test_a_vocabulary_without_an_end_gets_one(tmp_path):
         ("tiktoken:cl9k", "tiktoken has no encoding 'cl9k'; it has "),
         ("broken.json", "broken.json is not a tokenizer.json"),
         ("empty", "empty holds no Hugging Face tokenizer"),
+        ("damaged", r"damaged/tokenizer\.json is not a tokenizer\.json"),
     ],
 )
 def test_what_is_no_tokenizer(tmp_path, monkeypatch, spec, message):
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"model": 3}')
     Path("empty").mkdir()
+    load_byte_tokenizer().save_pretrained("damaged")
+    Path("damaged/tokenizer.json").write_text("{")
     with pytest.raises((ValueError, OSError), match=message) as raised:
         load_tokenizer(spec)
     assert "\n" not in str(raised.value)

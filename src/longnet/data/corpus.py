@@ -115,7 +115,7 @@ def list_corpus(sources: Sequence[str], *, suffixes: Sequence[str] = (), exclude
 
 
 def describe(skipped: collections.Counter[str]) -> str:
-    """Return ", left out 3 binary, 2 hidden" or nothing."""
+    """Return " (left out: 3 binary, 2 hidden)", or "" where nothing was."""
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
     return f" (left out: {counts})" if counts else ""
 

@@ -44,16 +44,13 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
 
     path = Path(spec)
     if path.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            return wrap(Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is not a tokenizer.json: {_first_line(error)}") from error
+        return wrap(_read(path))
     if not path.is_dir():
         raise FileNotFoundError(
             f"no tokenizer {str(spec)!r}: give bytes, tiktoken:ENCODING, a tokenizer.json, or a Hugging Face folder"
         )
+    if (path / "tokenizer.json").is_file():
+        _read(path / "tokenizer.json")  # transformers says less clearly what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -135,6 +132,15 @@ def _with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _read(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer.json: {_first_line(error)}") from error
 
 
 def _byte_tokenizer() -> Tokenizer:
