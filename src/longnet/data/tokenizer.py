@@ -1,0 +1,132 @@
+"""Tokenizers, each as a Hugging Face one: bytes, a file, a folder, a tiktoken encoding."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that `spec` names; its `eos_token_id` ends documents.
+
+    "bytes"
+        ids 0 to 255 are the bytes of UTF-8, 256 is `<|endoftext|>`.
+    a path
+        A `tokenizer.json`, or a local Hugging Face folder.
+    "tiktoken:cl100k_base"
+        An encoding of tiktoken, with its ids (extra `data`).
+
+    The end of a document is `<|endoftext|>` where the vocabulary has it, else the tokenizer's own end-of-sequence
+    token; where it has neither, `<|endoftext|>` is added.
+
+    Raises ValueError or OSError that says what to do where there is no such tokenizer.
+    """
+    if str(spec) == "bytes":
+        return wrap(_byte_tokenizer())
+    if str(spec).startswith("tiktoken:"):
+        return wrap(_tiktoken(str(spec).removeprefix("tiktoken:")))
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(spec)
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            return wrap(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer.json: {_first_line(error)}") from error
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no tokenizer {str(spec)!r}: give bytes, tiktoken:ENCODING, a tokenizer.json, or a Hugging Face folder"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds no Hugging Face tokenizer: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{path} holds a {type(tokenizer).__name__} without a tokenizer.json: save it as a fast one")
+    return _with_end(tokenizer)
+
+
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of the `tokenizers` library as a Hugging Face one with an end-of-sequence token."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False
+    )
+    return _with_end(fast)
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return 1 + the largest id; a vocabulary may have holes."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
+    """Return the bytes of text that each token stands for, (V,) int32: 0 for special tokens and for unused ids.
+
+    Summed over the tokens of a text this is its length in UTF-8 for byte-level tokenizers. Where one changes the text
+    (lower case, an unknown token, a space put in front), it is the length of what the tokens spell.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    byte_level = "ByteLevel" in _types(backend.get("decoder"))
+    plain = {added["content"] for added in backend["added_tokens"] if not added["special"]}
+    special = {added["content"] for added in backend["added_tokens"] if added["special"]}
+    special |= set(tokenizer.all_special_tokens)
+    sizes = np.zeros(vocab_size(tokenizer), dtype=np.int32)
+    for token, index in tokenizer.get_vocab().items():
+        if token in special:
+            continue
+        if token in plain:
+            sizes[index] = len(token.encode())
+        elif byte_level:
+            sizes[index] = len(token)  # one character of the alphabet for each byte
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            sizes[index] = 1  # a byte that falls back
+        else:
+            sizes[index] = len(token.removeprefix("##").replace("▁", " ").encode())
+    return sizes
+
+
+def _with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    if END_OF_TEXT in tokenizer.get_vocab() or tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    return tokenizer
+
+
+def _byte_tokenizer() -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    tokenizer = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return tokenizer
+
+
+def _tiktoken(name: str) -> Tokenizer:
+    raise NotImplementedError(name)
+
+
+def _types(decoder: dict[str, Any] | None) -> set[str]:
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", [])))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,253 @@
+"""Writing a folder of data so that a kill at any instant loses nothing that was synced and leaves nothing half-written.
+
+Arrays grow in the folder's `.unfinished/`; a whole one is synced and renamed into place, and `index.json` comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from longnet.data.shards import FORMAT, INDEX, SPLITS, TOKEN_BYTES, TOKENIZER, sha256, token_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+UNFINISHED = ".unfinished"
+_HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length: numpy leaves room for it to grow
+
+
+class GrowingArray:
+    """A one-dimensional .npy file to which rows are added; it cuts itself to a known length, to begin again from there.
+
+    Raises OSError where the disk does not take them.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], length: int = 0) -> None:
+        self.path, self.dtype, self.length = path, dtype, length
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
+        size = _HEADER_BYTES + length * dtype.itemsize
+        if length and path.stat().st_size < size:
+            raise ValueError(f"{path} is shorter than when it was last synced: remove its folder and start anew")
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Add rows at the end."""
+        data = memoryview(np.ascontiguousarray(rows, dtype=self.dtype).data).cast("B")
+        while data:
+            data = data[self._file.write(data) :]  # an unbuffered write may take less than all of it
+        self.length += len(rows)
+
+    def read(self) -> npt.NDArray[Any]:
+        """Return all rows."""
+        return np.fromfile(self.path, dtype=self.dtype, offset=_HEADER_BYTES)
+
+    def sync(self) -> None:
+        """Wait until the disk holds what was added."""
+        os.fsync(self._file.fileno())
+
+    def finish(self, path: Path) -> None:
+        """Write the header, sync, and rename the file to `path`."""
+        header = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(header, fields)
+        if len(header.getvalue()) != _HEADER_BYTES:
+            raise AssertionError(f"numpy wrote a header of {len(header.getvalue())} bytes")
+        self._file.seek(0)
+        self._file.write(header.getvalue())
+        self.sync()
+        self._file.close()
+        self.path.replace(path)
+        _sync_folder(path.parent)
+
+    def close(self) -> None:
+        """Close the file where it is."""
+        self._file.close()
+
+
+class SplitWriter:
+    """Shards and document offsets of one split.
+
+    `state` is what `sync` returned: the writer goes on from there, whatever was written after it.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int, state: Mapping[str, Any] | None = None
+    ) -> None:
+        state = state or {"tokens": 0, "bytes": 0, "documents": 0, "open_tokens": 0, "shards": []}
+        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
+        self.tokens, self.bytes = int(state["tokens"]), int(state["bytes"])
+        self._shards: list[dict[str, Any]] = list(state["shards"])
+        self._shard = self._grow(self._shard_name, dtype, int(state["open_tokens"]))
+        self._offsets = self._grow(self._offsets_name, np.dtype(np.int64), int(state["documents"]) + bool(self.tokens))
+        if not self._offsets.length:
+            self._offsets.append(np.zeros(1, dtype=np.int64))
+
+    def append(self, tokens: npt.NDArray[Any], ends: Sequence[int] | npt.NDArray[np.int64], text_bytes: int) -> None:
+        """Add tokens that stand for `text_bytes` bytes; `ends` are where in them documents end."""
+        self._offsets.append(self.tokens + np.asarray(ends, dtype=np.int64))
+        self.tokens += len(tokens)
+        self.bytes += text_bytes
+        while len(tokens):
+            room = self.shard_tokens - self._shard.length
+            self._shard.append(tokens[:room])
+            tokens = tokens[room:]
+            if self._shard.length == self.shard_tokens:
+                self._finish_shard()
+                self._shard = self._grow(self._shard_name, self.dtype, 0)
+
+    @property
+    def documents(self) -> int:
+        """Documents that have ended."""
+        return self._offsets.length - 1
+
+    def sync(self) -> dict[str, Any]:
+        """Wait until the disk holds everything, and return the state from which a writer can go on."""
+        self._shard.sync()
+        self._offsets.sync()
+        return {
+            "tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
+            "open_tokens": self._shard.length, "shards": list(self._shards),
+        }  # fmt: skip
+
+    def finish(self) -> dict[str, Any]:
+        """Put every file into its place; return the split's entry of the index."""
+        if self._shard.length:
+            self._finish_shard()
+        else:
+            self._shard.close()
+        self._offsets.finish(self.folder / self._offsets_name)
+        return {
+            "tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
+            "shards": self._shards, "offsets": self._offsets_name,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Close the files where they are."""
+        self._shard.close()
+        self._offsets.close()
+
+    @property
+    def _shard_name(self) -> str:
+        return f"{self.name}-{len(self._shards):05}.npy"
+
+    @property
+    def _offsets_name(self) -> str:
+        return f"{self.name}-documents.npy"
+
+    def _finish_shard(self) -> None:
+        path, tokens = self.folder / self._shard_name, self._shard.length
+        self._shard.finish(path)
+        self._shards.append({"file": path.name, "tokens": tokens, "sha256": sha256(path)})
+
+    def _grow(self, name: str, dtype: np.dtype[Any], length: int) -> GrowingArray:
+        path, whole = self.folder / UNFINISHED / name, self.folder / name
+        if length and not path.exists() and whole.exists():
+            whole.replace(path)  # it was put into place after the state was saved, and grows again from there
+        return GrowingArray(path, dtype, length)
+
+
+class DataWriter:
+    """A folder of data with both splits.
+
+    >>> with DataWriter(folder, tokenizer, token_bytes) as writer:        # doctest: +SKIP
+    ...     writer.splits["train"].append(tokens, ends=[len(tokens)], text_bytes=len(text))
+    ...     writer.finish(provenance={})
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        token_bytes: npt.NDArray[np.int32],
+        *,
+        shard_tokens: int = 2**26,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
+        self.dtype = token_dtype(len(token_bytes))
+        self.splits = {
+            name: SplitWriter(folder, name, self.dtype, shard_tokens, state[name] if state else None) for name in SPLITS
+        }
+
+    def sync(self) -> dict[str, Any]:
+        """Wait until the disk holds everything, and return the state from which a writer can go on."""
+        return {name: split.sync() for name, split in self.splits.items()}
+
+    def finish(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Put every file into its place, index.json last; return the index."""
+        entries = {name: split.finish() for name, split in self.splits.items()}
+        self.tokenizer.save_pretrained(self.folder / TOKENIZER)
+        with write_whole(self.folder / TOKEN_BYTES) as file:
+            np.save(file, self.token_bytes)
+        names = [TOKEN_BYTES, *(entry["offsets"] for entry in entries.values())]
+        names += [f"{TOKENIZER}/{path.name}" for path in sorted((self.folder / TOKENIZER).iterdir())]
+        index = {
+            "format": FORMAT, "dtype": self.dtype.name, "vocab_size": len(self.token_bytes),
+            "end_of_text": self.tokenizer.eos_token_id, "fingerprint": self._fingerprint(entries), "splits": entries,
+            "files": {name: sha256(self.folder / name) for name in names}, "provenance": dict(provenance),
+        }  # fmt: skip
+        write_json(index, self.folder / INDEX)
+        return index
+
+    def _fingerprint(self, entries: Mapping[str, Any]) -> str:
+        digest = hashlib.sha256((self.folder / TOKENIZER / "tokenizer.json").read_bytes())
+        for name, entry in entries.items():
+            digest.update(f"{name} {entry['tokens']} {self.dtype.name}".encode())
+            for shard in entry["shards"]:
+                tokens = np.load(self.folder / shard["file"], mmap_mode="r")
+                for start in range(0, len(tokens), 2**22):
+                    digest.update(tokens[start : start + 2**22].tobytes())
+        return digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files where they are."""
+        for split in self.splits.values():
+            split.close()
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name when it is whole and synced, and not at all where writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write indented JSON through `write_whole`."""
+    with write_whole(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk holds the names in a folder, a rename among them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
