@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import cyclopts
 from cyclopts import ArgumentCollection
@@ -40,7 +41,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, kind: type[R]) -> 
     def read(recipe: Path, *, settings: Any) -> Any:
         return settings
 
-    read.__annotations__ = {"recipe": Path, "settings": settings_of(kind)}
+    read.__annotations__ = {"recipe": Path, "settings": Annotated[kind, cyclopts.Parameter(name="*")]}
     app.default(read)
     app.config = (RecipeFile(kind),)
     try:
@@ -48,13 +49,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, kind: type[R]) -> 
     except cyclopts.CycloptsError as error:
         raise ValueError(str(error)) from error
     return command(*bound.args, **bound.kwargs)  # type: ignore[no-any-return]
-
-
-def settings_of(kind: type[Any]) -> Any:
-    """Return the annotation of a command's keyword-only parameter that takes a recipe's tables as flags."""
-    from typing import Annotated
-
-    return Annotated[kind, cyclopts.Parameter(name="*")]
 
 
 class RecipeFile:
@@ -71,11 +65,18 @@ class RecipeFile:
         path = next((item for item in arguments if item.field_info.name == "recipe" and not item.keys), None)
         if path is None or not path.tokens:
             return  # cyclopts says that it is missing
-        tables = read_tables(Path(path.tokens[0].value), self._kind)
+        source = path.tokens[0].value
+        tables = read_tables(Path(source), self._kind)
+        _check_flags(arguments)
+        given = {item.keys for item in arguments if item.tokens}
+        for name, kind in get_type_hints(self._kind).items():
+            for key in sorted(_required(kind) - tables.get(name, {}).keys()):
+                if (name, key) not in given:
+                    raise ValueError(f"{source}: [{name}] {key} is missing: write it there, or give --{name}.{key}")
         # cyclopts takes top-level keys with the name of a command, as [train] is, for that command's own settings.
         for command in reversed(commands):
             tables = {command: tables}
-        cyclopts.config.Dict(tables, source=path.tokens[0].value)(app, commands, arguments)
+        cyclopts.config.Dict(tables, source=source)(app, commands, arguments)
 
 
 def read_tables(path: Path, kind: type[Any]) -> dict[str, Any]:
@@ -112,14 +113,34 @@ def _check_table(path: Path, name: str, table: dict[str, Any], known: dict[str, 
             raise ValueError(f"{path}: [{name}] has no key {key!r}{near}")
         if not _fits(value, hints[key]):
             raise ValueError(f"{path}: [{name}] {key} must be {_in_words(hints[key])}, got {_shown(value)}")
-    needed = {
-        item.name for item in dataclasses.fields(kind) if item.default is item.default_factory is dataclasses.MISSING
-    }
-    if needed <= table.keys():
+    if _required(kind) <= table.keys():
         try:
             kind(**table)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _check_flags(arguments: ArgumentCollection) -> None:
+    # cyclopts would round 3.5 to an integer, and take `--optim 3` for the first key of the table.
+    for argument in arguments:
+        for token in argument.tokens:
+            if dataclasses.is_dataclass(argument.hint):
+                raise ValueError(f"{token.keyword} is a table: give one of its keys, as in {token.keyword}.key value")
+            if _leaves(argument.hint) == {int} and re.search(r"\d\s*[.eE]", token.value):
+                raise ValueError(f"{token.keyword} must be {_in_words(argument.hint)}, got {token.value}")
+
+
+def _leaves(hint: Any) -> set[Any]:
+    """Return the types of the values that a hint is made of, None left out."""
+    parts = [part for part in get_args(hint) if part not in (type(None), Ellipsis)]
+    if not parts or get_origin(hint) is Literal:
+        return {hint}
+    return set().union(*(_leaves(part) for part in parts))
+
+
+def _required(kind: type[Any]) -> set[str]:
+    fields = dataclasses.fields(kind)
+    return {item.name for item in fields if item.default is item.default_factory is dataclasses.MISSING}
 
 
 def _nearest(key: str, names: Iterable[str], form: str) -> str:

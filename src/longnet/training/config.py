@@ -110,24 +110,33 @@ class SampleConfig:
 
 
 def _arguments_of(docstring: str | None) -> str:
-    found = re.search(r"^ *Args:\n.*?(?=\n\n)", docstring or "", re.DOTALL | re.MULTILINE)
-    return found.group().partition("\n")[2] if found else ""
-
-
-@dataclass(kw_only=True)
-class _Model:
-    preset: str | None = None
-    attention: Attention = "dilated"
+    found = re.search(r"^ *Args:\n(.*?)(?=\n\n)", docstring or "", re.DOTALL | re.MULTILINE)
+    arguments = found.group(1) if found else ""
+    for name, rule in (
+        ("vocab_size", "V; the data's when None."),
+        ("eos_token_id", "ends generation; the data's when None."),
+    ):
+        arguments = re.sub(rf"(?m)^( *{name}: ).*$", rf"\g<1>{rule}", arguments)
+    return arguments
 
 
 if TYPE_CHECKING:
-    ModelConfig = _Model
+
+    @dataclass(kw_only=True)
+    class ModelConfig:
+        """What type checkers know of the class below."""
+
+        preset: str | None = None
+        attention: Attention = "dilated"
 else:
     # The fields of LongNetConfig are these, with their types and descriptions, None where the recipe leaves one out.
     ModelConfig = dataclasses.make_dataclass(
         "ModelConfig",
-        [(name, hint | None, None) for name, hint in LongNetConfig.__annotations__.items()],
-        bases=(_Model,),
+        [
+            ("preset", str | None, None),
+            ("attention", Attention, "dilated"),
+            *((name, hint | None, None) for name, hint in LongNetConfig.__annotations__.items()),
+        ],
         kw_only=True,
     )
     ModelConfig.__module__ = __name__
@@ -137,9 +146,9 @@ else:
         preset: a size with a name ("tiny", "5m", "25m", "125m", "350m", "760m", "2.7b"), whose fields hold where the
             recipe gives no others; the paper's 125M model when None.
         attention: "dilated" is LongNet, "sdpa" the dense Transformer, "sparse_fixed" the Sparse Transformer.
-{_arguments_of(LongNetConfig.__doc__).replace("vocab_size: V. The default is", "vocab_size: V, that of the data when None;")}
+{_arguments_of(LongNetConfig.__doc__)}
 
-    """  # noqa: E501
+    """
 
 
 @dataclass(kw_only=True)

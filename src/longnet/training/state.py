@@ -8,6 +8,8 @@ import json
 import platform
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from longnet.training.config import Tables
 
@@ -66,7 +69,8 @@ def write_state(
         tokenizer: the data's Hugging Face tokenizer folder.
     """
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    model.save_pretrained(folder)
+    with _without_progress_bars():
+        model.save_pretrained(folder)
     # transformers leaves the attention implementation out, but it is what this model learned with.
     configuration = json.loads((folder / "config.json").read_text())
     configuration["attn_implementation"] = recipe["model"]["attention"]
@@ -114,6 +118,18 @@ def changed_machine(record: dict[str, Any], device: torch.device) -> list[str]:
     """Return, in words, what of a checkpoint's machine is another now, so that rounding may differ from here on."""
     before, now = record["machine"], _machine(device)
     return [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    # transformers draws one for each file that it writes.
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _restore_moments(moments: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
