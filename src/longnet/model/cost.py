@@ -1,139 +1,47 @@
-"""What a LongNet costs: parameters, FLOPs and memory, in closed form.
-
-FLOPs count a multiply and an add as two, causal attention by the pairs that are seen (half of all in dense attention),
-and neither LayerNorms, activations nor the optimizer.
-"""
+"""What a model costs, in closed form."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import cast
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from longnet.attention.pattern import DilationPattern
 from longnet.model.configuration import LongNetConfig
-from longnet.model.interface import pattern_of, sparse_pattern_of
-
-Attention = Literal["dilated", "sdpa", "sparse_fixed"]
+from longnet.model.interface import sparse_pattern_of
 
 
-class Parameters(NamedTuple):
-    """Numbers of weights; tied ones count once.
+def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
+    """Count the floating-point operations of attention in one forward pass over one sequence, all layers.
 
-    Attributes:
-        total: all.
-        embedding: of the token embeddings, and of the head where it has its own weight.
-        multiplied: those that each token is multiplied with, the head's included.
+    Projections are not counted; a query and a key cost 4 · head_dim, only where the key is visible
+    (`DilationPattern.flops`, `SparseFixedPattern.flops`).
     """
-
-    total: int
-    embedding: int
-    multiplied: int
-
-
-class Memory(NamedTuple):
-    """Bytes that training holds at its peak, estimated."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """Their sum; the process itself, some 0.4 GB with PyTorch, comes on top."""
-        return sum(self)
-
-
-def count_parameters(config: PreTrainedConfig) -> Parameters:
-    """Count the weights of any causal model, which is built without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    heads = {id(weight): weight for part in (model.get_input_embeddings(), model.get_output_embeddings())
-             if part is not None for weight in part.parameters()}  # fmt: skip
-    return Parameters(
-        total=sum(weight.numel() for weight in model.parameters()),
-        embedding=sum(weight.numel() for weight in heads.values()),
-        multiplied=sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
-    )
-
-
-def attention_flops(config: LongNetConfig, attention: str, tokens: int) -> int:
-    """Count the FLOPs of attention in all layers, forward, over one sequence; projections are not part of it.
-
-    Args:
-        config: of the model.
-        attention: "dilated", "sparse_fixed", or dense attention by any other name.
-        tokens: of the sequence.
-
-    Raises:
-        ValueError: "sparse_fixed" without its pattern in the configuration.
-    """
-    heads, head_dim = config.num_attention_heads, _int(config.head_dim)
-    if attention == "dilated":
-        flops = pattern_of(config).flops(
-            tokens=tokens, num_heads=heads, num_kv_heads=config.num_key_value_heads, head_dim=head_dim, is_causal=True
+    heads, head_dim = config.num_attention_heads, cast("int", config.head_dim)  # the configuration has filled it in
+    kind = config._attn_implementation
+    if kind == "dilated":
+        flops = config.pattern.flops(
+            tokens=tokens, num_heads=heads, head_dim=head_dim, is_causal=True, num_kv_heads=config.num_key_value_heads
         )
-    elif attention == "sparse_fixed":
+    elif kind == "sparse_fixed":
         flops = sparse_pattern_of(config).flops(tokens=tokens, num_heads=heads, head_dim=head_dim)
     else:
-        flops = 4 * head_dim * heads * (tokens * (tokens + 1) // 2)
-    return flops * config.num_hidden_layers
+        dense = DilationPattern((max(1, tokens),), (1,))
+        flops = dense.flops(tokens=tokens, num_heads=heads, head_dim=head_dim, is_causal=True)
+    return config.num_hidden_layers * flops
 
 
-def step_flops(config: LongNetConfig, attention: str, *, tokens: int, sequences: int) -> int:
-    """Count the FLOPs of one training step, forward and backward.
+def matrix_parameters(model: nn.Module, config: PreTrainedConfig) -> int:
+    """Count the parameters that every token is multiplied with: all but an embedding that is not the head's, too."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total if config.tie_word_embeddings else total - config.vocab_size * config.hidden_size
 
-    Backward multiplies each weight twice where forward does once, and attention five times where forward does twice.
-    Activation checkpointing, which runs forward twice, is not counted.
+
+def training_flops(model: nn.Module, config: LongNetConfig, *, tokens: int) -> int:
+    """Count the floating-point operations of training on one sequence: forward, and backward at twice its cost.
+
+    6 a parameter and token, 3 times the attention's forward pass; what is computed again (activation checkpointing, the
+    scores in flash backward) is not counted, so that utilisation rewards none of it.
     """
-    dense = 3 * 2 * count_parameters(config).multiplied * tokens
-    return sequences * (dense + attention_flops(config, attention, tokens) * 7 // 2)
-
-
-def training_memory(
-    config: LongNetConfig, *, tokens: int, sequences: int, bfloat16: bool = False, checkpoint_activations: bool = False
-) -> Memory:
-    """Estimate what training holds: float32 weights, gradients and Adam's two moments, and activations.
-
-    A layer keeps, of each token, ten rows of the hidden width (inputs and outputs of two LayerNorms, q, k, v, the
-    attention's output, laid out by heads and by tokens, and after its LayerNorm) and three of the feed-forward width.
-    The loss adds the logits of a chunk of tokens and the gradients of the last hidden states and of the head. On the
-    CPU glibc may hold a third more than it was asked for; MALLOC_MMAP_THRESHOLD_=65536 in the environment avoids that.
-
-    Args:
-        config: of the model.
-        tokens: of a sequence.
-        sequences: of one forward pass: those of a step, divided by `accumulate`.
-        bfloat16: autocast, which keeps matrix products' inputs in 2 bytes.
-        checkpoint_activations: layers keep their input alone, but for the one that is recomputed.
-    """
-    parameters = count_parameters(config)
-    total = 4 * parameters.total
-    count = tokens * sequences
-    hidden, wide = config.hidden_size, _int(config.intermediate_size)
-    heads = config.num_attention_heads
-    q, kv = heads * _int(config.head_dim), _int(config.num_key_value_heads) * _int(config.head_dim)
-    small = 2 if bfloat16 else 4
-    row = 4 * 2 * hidden + small * (2 * hidden + 3 * q + 2 * kv + 2 * wide) + 4 * heads
-    if config.sub_layernorm:
-        row += small * (q + wide)
-    if bfloat16:  # LayerNorms keep their input in both types
-        row += small * 2 * hidden
-    layers = config.num_hidden_layers
-    kept = (4 * hidden * layers + row) if checkpoint_activations else row * layers
-    logits = min(count, max(1, 2**24 // config.vocab_size)) * config.vocab_size
-    head = 4 * (logits + config.vocab_size * hidden + 3 * count * hidden)
-    copies = 2 * parameters.multiplied if bfloat16 else 0
-    return Memory(weights=total + copies, gradients=total, optimizer=2 * total, activations=count * kept + head)
-
-
-def cache_bytes(config: LongNetConfig, *, tokens: int, bytes_per_value: int = 4) -> dict[str, int]:
-    """Return the bytes of keys and values when generating, one sequence: `"dense"`, and `"dilated"` streaming state."""
-    row = 2 * config.num_hidden_layers * _int(config.num_key_value_heads) * _int(config.head_dim) * bytes_per_value
-    return {"dense": row * tokens, "dilated": row * pattern_of(config).state_rows(tokens=tokens)}
-
-
-def _int(value: Any) -> int:
-    return int(value)  # the configuration has filled in what was None
+    return 6 * matrix_parameters(model, config) * tokens + 3 * attention_flops(config, tokens=tokens)
