@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from longnet.attention.pattern import DilationPattern, kept_rows
 _PIXELS = 256
 _DRAWN_TOKENS = 2**22
 _DENSE, _DILATED, _IDEAL = "#9a6b4f", "#1f6f8b", "#b7c4c9"
+_KINDS, _OTHER = {"dilated": _DILATED, "sdpa": _DENSE, "sparse_fixed": "#7a8f2a"}, "#5b5b8c"
 
 
 def visibility(
@@ -98,3 +100,90 @@ def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture.
+
+    Attributes:
+        label: in the legend.
+        x: places.
+        y: values.
+        error: standard errors, drawn as a band of two of them on either side; None for none.
+        kind: what the colour says: "dilated", "sdpa", "sparse_fixed", or anything else.
+        style: of the line, which tells curves of a kind apart: 0, 1, ….
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float | None] | None = None
+    kind: str = "dilated"
+    style: int = 0
+
+
+def draw_curves(
+    curves: Sequence[Curve],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    log_x: bool = True,
+    log_y: bool = False,
+    mark_x: Sequence[tuple[float, str]] = (),
+    points: bool = True,
+) -> None:
+    """Draw curves with a legend.
+
+    Args:
+        curves: what to draw.
+        path: where the picture goes; its suffix is the format.
+        x: name of the horizontal axis.
+        y: name of the vertical axis.
+        log_x: logarithmic; places of few curves are written in K = 1024.
+        log_y: logarithmic.
+        mark_x: vertical lines, each with what it marks.
+        points: mark each place.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for curve in curves:
+        colour = _KINDS.get(curve.kind, _OTHER)
+        line = ("-", "--", ":", "-.")[curve.style % 4]
+        marker = ("o", "s", "^", "D")[curve.style % 4] if points else None
+        ax.plot(curve.x, curve.y, line, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.4)
+        if curve.error is not None:
+            around = [2 * (error or 0) for error in curve.error]
+            low, high = ([v + sign * e for v, e in zip(curve.y, around, strict=True)] for sign in (-1, 1))
+            ax.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
+    for place, name in mark_x:
+        ax.axvline(place, color=_IDEAL, linestyle="--", linewidth=1, zorder=0)
+        ax.annotate(name, (place, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
+    if log_x:
+        ax.set_xscale("log", base=2 if _are_lengths(curves) else 10)
+        if _are_lengths(curves):
+            places = sorted({int(place) for curve in curves for place in curve.x})
+            ax.set_xticks(places, [name_length(place) for place in places])
+            ax.set_xticks([], minor=True)
+    if log_y:
+        ax.set_yscale("log")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    if len(curves) > 1:
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def name_length(tokens: int) -> str:
+    """Return 512, 2K, 32K, 1M for lengths in tokens; what is no whole number of K in full."""
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return f"{tokens:,}"
+
+
+def _are_lengths(curves: Sequence[Curve]) -> bool:
+    places = {place for curve in curves for place in curve.x}
+    return 0 < len(places) <= 14 and all(place == int(place) and place < 2**31 for place in places)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -78,6 +79,19 @@ class ContextResult:
     def bits_per_byte(self) -> float:
         """The loss in bits, over the bytes of text: comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the attributes, perplexity and bits per byte as plain values; `from_row` reads them."""
+        row = dataclasses.asdict(self)
+        row["by_position"] = [part._asdict() for part in self.by_position]
+        bits = self.bits_per_byte if self.bytes else None
+        return {**row, "perplexity": self.perplexity, "bits_per_byte": bits}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """Return what `as_row` was called on."""
+        values = {item.name: row[item.name] for item in dataclasses.fields(cls)}
+        return cls(**{**values, "by_position": [PositionLoss(**part) for part in row["by_position"]]})
 
 
 class Difference(NamedTuple):
