@@ -85,7 +85,8 @@ class ContextResult:
         row = dataclasses.asdict(self)
         row["by_position"] = [part._asdict() for part in self.by_position]
         bits = self.bits_per_byte if self.bytes else None
-        return {**row, "perplexity": self.perplexity, "bits_per_byte": bits}
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None  # JSON has no infinity
+        return {**row, "perplexity": perplexity, "bits_per_byte": bits}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
