@@ -42,7 +42,7 @@ def write_data(folder, *, seed, tokens=4000):
 
 @pytest.fixture(scope="session")
 def make_recipe(data):
-    """Return a recipe of TABLES with keys replaced: make_recipe(train={"steps": 3})."""
+    """Return a function that makes a recipe of TABLES with some keys replaced, as in train={"steps": 3}."""
 
     def make(path=data, **replaced):
         kinds = {

@@ -9,16 +9,16 @@ import sys
 import time
 
 import pytest
-from training.runs import checkpoints, lines, tensors
 
 from longnet.training.loop import train
+from training.runs import checkpoints, lines, tensors
 
 STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that begin with everything imported, and are otherwise new: torch has computed nothing in their parent."""
+    """Processes that begin with everything imported; torch has computed nothing in their parent, which is no run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["longnet.training.loop", "transformers.models.auto.tokenization_auto"])
     return context
@@ -102,7 +102,15 @@ def test_killed_and_resumed_is_bit_identical(processes, recipe, whole, tmp_path,
 
 def test_the_command_stops_on_a_signal_and_resumes(processes, recipe, whole, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-c", "from longnet.cli.main import main; main()", "train", whole / "recipe.toml", "-o", run]
+    command = [
+        sys.executable,
+        "-c",
+        "from longnet.cli.main import main; main()",
+        "train",
+        whole / "recipe.toml",
+        "-o",
+        run,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any(run.glob("checkpoints/step-*")):
         time.sleep(0.001)
