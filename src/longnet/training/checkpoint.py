@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 _FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
+STATE = "state.json"  # what tells a checkpoint from other Hugging Face folders
 _DOOMED = ".superseded"  # ends the names of folders that may go at any time; so does _PARTIAL
 _PARTIAL = ".partial"
 
@@ -156,7 +157,8 @@ def model_folder(path: Path) -> Path:
         ValueError: a checkpoint, or all those of a run, are damaged.
     """
     if (path / "config.json").is_file():
-        fault = find_fault(path) if (path / _MANIFEST).exists() else None
+        is_checkpoint = (path / _MANIFEST).exists() or (path / STATE).exists()
+        fault = find_fault(path) if is_checkpoint else None
         if fault is not None:
             raise ValueError(f"{path} is a damaged checkpoint: {fault}; use another checkpoint of its run")
         return path

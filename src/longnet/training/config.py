@@ -1,6 +1,7 @@
-"""The recipe of a training run: one dataclass a table, each beside its owner, composed here."""
+"""The recipe of a training run: one dataclass a table, each beside its owner, composed here.
 
-from __future__ import annotations
+Annotations are no strings in this module: cyclopts reads those of a class that extends Recipe in the extension's module.
+"""
 
 import dataclasses
 import json
@@ -163,7 +164,7 @@ class Recipe:
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
-    def model_config(self, data: TokenData) -> LongNetConfig:
+    def model_config(self, data: "TokenData") -> LongNetConfig:
         """Return the configuration of the model, whose vocabulary and end token are the data's unless given.
 
         Raises:
@@ -186,7 +187,7 @@ class Recipe:
             raise ValueError(f"[model]: {error}") from error
         return config
 
-    def resolve(self, data: TokenData) -> Tables:
+    def resolve(self, data: "TokenData") -> Tables:
         """Return the tables of the recipe with every value filled in, the model's and the evaluation's too."""
         config = self.model_config(data)
         names = [item.name for item in dataclasses.fields(Recipe)]  # what a subclass adds is not training's

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from longnet.training.checkpoint import STATE
 from longnet.training.config import Tables
 
-_STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 _FORMAT = 1
 
 
@@ -89,7 +90,7 @@ def write_state(
         "random": _random_states(),
         "machine": _machine(model.device),
     }
-    (folder / _STATE).write_text(json.dumps(record) + "\n")
+    (folder / STATE).write_text(json.dumps(record) + "\n")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: it was written in another format.
     """
-    record: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
+    record: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     if record["format"] != _FORMAT:
         raise ValueError(f"{checkpoint} has format {record['format']}, this version of longnet reads {_FORMAT}")
     return record
