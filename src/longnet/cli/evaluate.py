@@ -10,6 +10,8 @@ import cyclopts
 from longnet.cli.check import at_least_one, lengths
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from longnet.evaluation.record import Evaluation
 
 
@@ -76,7 +78,6 @@ def evaluate(
     unit_starts(token_data.validation, asked, tokens)  # refuses before anything is computed
     far = lengths("--distances", distances) if distances else doubling_distances(max(asked))
     console = Console(highlight=False, soft_wrap=True)
-    options = {"batch_tokens": batch_tokens, "device": place}
     with console.status("scoring …"):
         results = list(
             iterate_contexts(
@@ -87,8 +88,12 @@ def evaluate(
         keys = []
         if passkey:
             tokenizer = load_tokenizer(token_data.tokenizer_folder)
-            split = token_data.validation
-            keys = list(iterate_passkey(loaded.model, tokenizer, split, far, trials=trials, **options))  # type: ignore[arg-type]
+            keys = list(
+                iterate_passkey(
+                    loaded.model, tokenizer, token_data.validation, far,
+                    trials=trials, batch_tokens=batch_tokens, device=place,
+                )
+            )  # fmt: skip
     evaluation = Evaluation(
         str(model), str(data), str(loaded.model.config._attn_implementation), loaded.training_length, results, keys,
         {**provenance(place), "data_fingerprint": token_data.fingerprint},
@@ -112,14 +117,12 @@ def _contexts(training_length: int | None) -> tuple[int, ...]:
     return tuple(sorted({max(1, training_length // part) for part in (8, 2, 1) if training_length % part == 0}))
 
 
-def _show(evaluation: Evaluation, console: object) -> None:
+def _show(evaluation: Evaluation, console: Console) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from longnet.comparison.run_report import context_table, passkey_table
 
-    assert isinstance(console, Console)
     for part in [context_table(evaluation), *([passkey_table(evaluation)] if evaluation.passkey else [])]:
         table = Table(title=part.caption, box=box.SIMPLE_HEAD, title_justify="left")
         for name in part.head:

@@ -12,6 +12,7 @@ from longnet.cli.check import at_least_one
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from longnet.model import LongNetConfig
     from longnet.training.config import Recipe
 
 
@@ -74,7 +75,7 @@ def _of_recipe(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], P
     return lines, config, length
 
 
-def _config(recipe: Recipe) -> tuple[PreTrainedConfig, str]:
+def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
     """Return a recipe's configuration, and a remark where its data are not there to give the vocabulary."""
     from types import SimpleNamespace
     from typing import Any
@@ -166,7 +167,7 @@ def _of_data(path: Path) -> list[tuple[str, str]]:
             marks = np.quantile(sizes, (0.1, 0.5, 0.9, 1), method="nearest")
             shares = ", ".join(
                 f"{name} {int(mark):,}" for name, mark in zip(("10 %", "half", "90 %", "all"), marks, strict=True)
-            )  # noqa: E501
+            )
             lines.append(("", f"tokens a document, at most: {shares}"))
     lines += [(name, json.dumps(value, ensure_ascii=False)) for name, value in data.provenance.items()]
     return lines

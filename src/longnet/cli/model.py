@@ -67,7 +67,7 @@ def load_model(path: Path, device: torch.device, attention: str | None = None) -
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **keywords)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **keywords)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
     model.to(device).eval()
