@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -113,6 +113,7 @@ class Curve:
         error: standard errors, drawn as a band of two of them on either side; None for none.
         kind: what the colour says: "dilated", "sdpa", "sparse_fixed", or anything else.
         style: of the line, which tells curves of a kind apart: 0, 1, ….
+        names: written beside each place; None for none.
     """
 
     label: str
@@ -121,6 +122,7 @@ class Curve:
     error: Sequence[float | None] | None = None
     kind: str = "dilated"
     style: int = 0
+    names: Sequence[str] | None = None
 
 
 def draw_curves(
@@ -129,10 +131,8 @@ def draw_curves(
     *,
     x: str,
     y: str,
-    log_x: bool = True,
-    log_y: bool = False,
-    mark_x: Sequence[tuple[float, str]] = (),
-    points: bool = True,
+    scale: Literal["tokens", "log", "linear"] = "tokens",
+    mark: tuple[float, str] | None = None,
 ) -> None:
     """Draw curves with a legend.
 
@@ -141,33 +141,35 @@ def draw_curves(
         path: where the picture goes; its suffix is the format.
         x: name of the horizontal axis.
         y: name of the vertical axis.
-        log_x: logarithmic; places of few curves are written in K = 1024.
-        log_y: logarithmic.
-        mark_x: vertical lines, each with what it marks.
-        points: mark each place.
+        scale: of the horizontal axis: "tokens" for a few lengths, named 512, 2K, …, on a logarithmic one. Places are
+            marked but on a linear one, which has many.
+        mark: a vertical line, and what it marks.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     for curve in curves:
         colour = _KINDS.get(curve.kind, _OTHER)
         line = ("-", "--", ":", "-.")[curve.style % 4]
-        marker = ("o", "s", "^", "D")[curve.style % 4] if points else None
+        marker = None if scale == "linear" else ("o", "s", "^", "D")[curve.style % 4]
         ax.plot(curve.x, curve.y, line, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.4)
         if curve.error is not None:
             around = [2 * (error or 0) for error in curve.error]
             low, high = ([v + sign * e for v, e in zip(curve.y, around, strict=True)] for sign in (-1, 1))
             ax.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
-    for place, name in mark_x:
-        ax.axvline(place, color=_IDEAL, linestyle="--", linewidth=1, zorder=0)
-        ax.annotate(name, (place, 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90)
-    if log_x:
-        ax.set_xscale("log", base=2 if _are_lengths(curves) else 10)
-        if _are_lengths(curves):
-            places = sorted({int(place) for curve in curves for place in curve.x})
-            ax.set_xticks(places, [name_length(place) for place in places])
-            ax.set_xticks([], minor=True)
-    if log_y:
-        ax.set_yscale("log")
+        for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
+            ax.annotate(name, (place, value), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+    if mark is not None:
+        ax.axvline(mark[0], color=_IDEAL, linestyle="--", linewidth=1, zorder=0)
+        ax.annotate(
+            mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90
+        )
+    if scale == "log":
+        ax.set_xscale("log")
+    elif scale == "tokens":
+        ax.set_xscale("log", base=2)
+        places = sorted({int(place) for curve in curves for place in curve.x})
+        ax.set_xticks(places, [name_length(place) for place in places])
+        ax.set_xticks([], minor=True)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.grid(alpha=0.3)
@@ -182,8 +184,3 @@ def name_length(tokens: int) -> str:
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"
     return f"{tokens:,}"
-
-
-def _are_lengths(curves: Sequence[Curve]) -> bool:
-    places = {place for curve in curves for place in curve.x}
-    return 0 < len(places) <= 14 and all(place == int(place) and place < 2**31 for place in places)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.document import write_text
@@ -147,6 +148,7 @@ def _finish(
     data: TokenData,
     device: torch.device,
 ) -> None:
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=cell.attention)
     model.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.train.dtype == "bfloat16"):

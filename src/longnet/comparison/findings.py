@@ -116,9 +116,9 @@ def _own_context(result: CellResult) -> int:
 
 def _in_words(step: Difference) -> str:
     verdict = judge(step)
-    if verdict == "is not told apart":
-        return "which is not told apart from chance"
-    return "which is lower" if verdict == "falls" else "which is higher"
+    if verdict == "does not clearly change":
+        return "no clear difference"
+    return "lower" if verdict == "falls" else "higher"
 
 
 def _is_falling(result: CellResult) -> bool:

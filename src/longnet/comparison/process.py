@@ -35,7 +35,9 @@ class Stop:
 
     def run(self, work: Callable[..., int], *arguments: Any) -> int:
         """Run `work`, a function of a module, in a fresh process; return what it returns, below 0 for a signal."""
-        self._process = multiprocessing.get_context("spawn").Process(target=_run, args=(work, arguments))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([work.__module__])  # torch and transformers are imported once, not by each
+        self._process = context.Process(target=_run, args=(work, arguments))
         self._process.start()
         self._process.join()
         return int(self._process.exitcode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from longnet.comparison.cell import CellResult
@@ -51,7 +52,7 @@ def _describe(document: Document, results: Sequence[CellResult], timing: Timing 
             f"{first.steps:,} steps of {first.tokens // first.steps:,}, and is scored on the same "
             f"{first.contexts[0].tokens:,} validation tokens at every context length. “±” is one standard error, over "
             f"{len(first.contexts[0].by_unit)} windows of {contexts[-1]:,} tokens; differences are paired by window, "
-            "and told from chance at two standard errors."
+            "and called clear from two standard errors on."
         ),
         Heading("What holds"),
         Points([*describe_use_of_context(results), *describe_systems(results), *describe_lengths(results, contexts)]),
@@ -96,23 +97,23 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
     paths = {name: figures / f"{name}.png" for name in ("flops", "context", "training", "position")}
     draw_curves(
         [Curve(SYSTEMS[kind], [result.total_flops for result in own], [at_own_length(result) for result in own],
-               kind=kind) for kind, own in systems.items()],
-        paths["flops"], x="FLOPs of the whole training", y="perplexity at the training length",
+               kind=kind, names=[name_length(result.length) for result in own]) for kind, own in systems.items()],
+        paths["flops"], x="FLOPs of the whole training", y="perplexity at the training length", scale="log",
     )  # fmt: skip
     draw_curves(
-        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts],
-               [part.standard_error for part in result.contexts], result.attention, style[result.length])
+        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, result.attention,
+               style[result.length])
          for result in results],
         paths["context"], x="context length (tokens)", y="loss (nats per token)",
     )  # fmt: skip
     draw_curves(
         [Curve(result.cell.title, [tokens for tokens, _ in result.losses], [loss for _, loss in result.losses],
                kind=result.attention, style=style[result.length]) for result in results],
-        paths["training"], x="training tokens", y="training loss (nats per token)", log_x=False, points=False,
+        paths["training"], x="training tokens", y="training loss (nats per token)", scale="linear",
     )  # fmt: skip
     draw_curves(
-        [position_curve(result.at(longest), result.cell.title, result.attention, style[result.length])
-         for result in results],
+        [replace(position_curve(result.at(longest), result.cell.title, result.attention, style[result.length]),
+                 error=None) for result in results],
         paths["position"], x="position in the window (tokens)", y="loss (nats per token)",
     )  # fmt: skip
     captions = {

@@ -88,7 +88,7 @@ def _add_training(document: Document, rows: list[dict[str, Any]], folder: Path) 
     if losses:
         draw_curves(
             [Curve("", [tokens for tokens, _ in losses], [loss for _, loss in losses])], folder / "training.png",
-            x="training tokens", y="training loss (nats per token)", log_x=False, points=False,
+            x="training tokens", y="training loss (nats per token)", scale="linear",
         )  # fmt: skip
         last = [row for row in rows if row["kind"] == "train"][-1]
         document.add(

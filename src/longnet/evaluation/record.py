@@ -64,20 +64,19 @@ class Evaluation:
     def draw(self, folder: Path) -> dict[str, Path]:
         """Draw perplexity by context, loss by position, and passkey retrieval into a folder; return the files."""
         folder.mkdir(parents=True, exist_ok=True)
-        kind, marks = self.attention, []
-        if self.training_length is not None:
-            marks = [(float(self.training_length), "training length")]
+        kind = self.attention
+        mark = None if self.training_length is None else (self.training_length, "training length")
         lengths = [result.context for result in self.contexts]
         pictures = {"perplexity": folder / "perplexity.png", "position": folder / "position.png"}
         errors = [result.perplexity * (result.standard_error or 0) for result in self.contexts]
         draw_curves(
             [Curve("", lengths, [result.perplexity for result in self.contexts], errors, kind)],
-            pictures["perplexity"], x="context length (tokens)", y="perplexity", mark_x=marks,
+            pictures["perplexity"], x="context length (tokens)", y="perplexity", mark=mark,
         )  # fmt: skip
         draw_curves(
             [position_curve(result, name_length(result.context), kind, style)
              for style, result in enumerate(self.contexts)],
-            pictures["position"], x="position in the window (tokens)", y="loss (nats per token)", mark_x=marks,
+            pictures["position"], x="position in the window (tokens)", y="loss (nats per token)", mark=mark,
         )  # fmt: skip
         if self.passkey:
             pictures["passkey"] = folder / "passkey.png"
@@ -89,7 +88,7 @@ class Evaluation:
                     Curve("nats per token gained by the key", distances, gains,
                           [r.gain_standard_error for r in self.passkey], "", 1),
                 ],
-                pictures["passkey"], x="distance (tokens)", y="", mark_x=marks,
+                pictures["passkey"], x="distance (tokens)", y="", mark=mark,
             )  # fmt: skip
         return pictures
 
@@ -126,10 +125,10 @@ def position_curve(result: ContextResult, label: str, kind: str, style: int) -> 
 
 
 def judge(difference: Difference) -> str:
-    """Return "falls", "rises", or "is not told apart" for less than two standard errors, or none."""
+    """Return "falls", "rises", or "does not clearly change" for less than two standard errors, or none."""
     mean, error = difference
     if error is None or abs(mean) <= 2 * error:
-        return "is not told apart"
+        return "does not clearly change"
     return "falls" if mean < 0 else "rises"
 
 
@@ -146,7 +145,7 @@ def describe_step(short: ContextResult, long: ContextResult, step: Difference) -
     verdict = {
         "falls": "the loss falls: the longer context helps",
         "rises": "the loss rises: the longer context harms",
-        "is not told apart": "no difference that can be told from chance",
+        "does not clearly change": "no clear change of the loss",
     }[judge(step)]
     return (
         f"From {name_length(short.context)} to {name_length(long.context)} of context, on the same tokens: {verdict} "
