@@ -1,13 +1,9 @@
-import math
-
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from longnet import LongNetConfig, LongNetForCausalLM
+from longnet.data.tokenizer import load_tokenizer
 
 
 class ArraySplit:
@@ -15,7 +11,7 @@ class ArraySplit:
 
     def __init__(self, ids):
         self.ids = np.asarray(ids, dtype=np.int64)
-        self.tokens = len(self.ids)
+        self.tokens, self.name = len(self.ids), "validation"
 
     def read(self, start, stop):
         assert 0 <= start < stop <= self.tokens, "a split was read beyond its end"
@@ -47,11 +43,6 @@ def model():
     return LongNetForCausalLM(config).double()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer():
-    alphabet = sorted(ByteLevel.alphabet())
-    assert math.log2(len(alphabet)) == 8
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")  # noqa: S106
+    return load_tokenizer("bytes")

@@ -3,6 +3,7 @@ import io
 import pytest
 import torch
 
+from longnet.data.tokenizer import load_tokenizer
 from longnet.evaluation.generation import Sampling, StreamedText, generate_text
 
 
@@ -87,7 +88,8 @@ def test_wrong_options_are_refused(options, message):
         Sampling(**options)
 
 
-def test_an_empty_prompt_needs_an_end_token(model, tokenizer):
+def test_an_empty_prompt_needs_an_end_token(model):
+    tokenizer = load_tokenizer("bytes")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token to begin with"):
         generate_text(model, tokenizer, "", Sampling())

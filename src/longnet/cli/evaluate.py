@@ -64,7 +64,7 @@ def evaluate(
 
     from longnet.cli.model import find_device, load_model, load_tokenizer, refuse_other_vocabulary
     from longnet.data.shards import TokenData
-    from longnet.evaluation.passkey import doubling_distances, iterate_passkey
+    from longnet.evaluation.passkey import doubling_distances, iterate_passkey, make_prompts
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation
     from longnet.measurement import provenance
@@ -75,8 +75,14 @@ def evaluate(
     token_data = TokenData.open(data)
     refuse_other_vocabulary(loaded.folder, int(loaded.model.config.vocab_size), data, token_data.vocab_size)
     asked = lengths("--contexts", contexts) if contexts else _contexts(loaded.training_length)
-    unit_starts(token_data.validation, asked, tokens)  # refuses before anything is computed
-    far = lengths("--distances", distances) if distances else doubling_distances(max(asked))
+    # What cannot be is refused before anything is computed.
+    unit_starts(token_data.validation, asked, tokens)
+    tokenizer = load_tokenizer(token_data.tokenizer_folder)
+    far: tuple[int, ...] = ()
+    if passkey:
+        far = lengths("--distances", distances) if distances else doubling_distances(max(asked))
+    for distance in far:
+        make_prompts(tokenizer, token_data.validation, distance, trials=1)
     console = Console(highlight=False, soft_wrap=True)
     with console.status("scoring …"):
         results = list(
@@ -85,15 +91,12 @@ def evaluate(
                 token_bytes=token_data.token_bytes, tokens=tokens, batch_tokens=batch_tokens, device=place,
             )
         )  # fmt: skip
-        keys = []
-        if passkey:
-            tokenizer = load_tokenizer(token_data.tokenizer_folder)
-            keys = list(
-                iterate_passkey(
-                    loaded.model, tokenizer, token_data.validation, far,
-                    trials=trials, batch_tokens=batch_tokens, device=place,
-                )
-            )  # fmt: skip
+        keys = list(
+            iterate_passkey(
+                loaded.model, tokenizer, token_data.validation, far,
+                trials=trials, batch_tokens=batch_tokens, device=place,
+            )
+        )  # fmt: skip
     evaluation = Evaluation(
         str(model), str(data), str(loaded.model.config._attn_implementation), loaded.training_length, results, keys,
         {**provenance(place), "data_fingerprint": token_data.fingerprint},

@@ -13,7 +13,7 @@ def generate(
     model: Path,
     *,
     prompt: str | None = None,
-    file: Path | None = None,
+    file: Annotated[Path | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
     tokens: Annotated[int, cyclopts.Parameter(("--tokens", "-n"))] = 200,
     temperature: float = 0.8,
     top_k: int | None = None,

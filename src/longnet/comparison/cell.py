@@ -225,7 +225,7 @@ def describe_pattern(config: LongNetConfig, attention: str) -> str:
         return f"segments:rates {pattern_of(config)}"
     if attention == "sparse_fixed":
         pattern = sparse_pattern_of(config)
-        return f"block {pattern.block}, summary {pattern.summary}"
+        return f"block {pattern.block}, summary {pattern.summary} of each {pattern.step}"
     return "all earlier tokens"
 
 

@@ -14,6 +14,8 @@ from longnet.evaluation.passkey import PasskeyResult
 from longnet.evaluation.perplexity import ContextResult, Difference, paired_difference
 from longnet.plots import Curve, draw_curves, name_length
 
+_ROUNDING = 1e-5  # nats per token
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -99,7 +101,7 @@ class Evaluation:
         if beyond:
             said.append(
                 f"Contexts of {', '.join(beyond)} are longer than the training sequences of "
-                f"{name_length(self.training_length or 0)}: there the model reads positions it has not learned."
+                f"{name_length(self.training_length or 0)}: the model was not trained on those."
             )
         units = len(self.contexts[0].by_unit)
         if units < 30:
@@ -125,9 +127,9 @@ def position_curve(result: ContextResult, label: str, kind: str, style: int) -> 
 
 
 def judge(difference: Difference) -> str:
-    """Return "falls", "rises", or "does not clearly change" for less than two standard errors, or none."""
+    """Return "falls", "rises", or "does not clearly change": by less than two standard errors, or by rounding."""
     mean, error = difference
-    if error is None or abs(mean) <= 2 * error:
+    if error is None or abs(mean) <= max(2 * error, _ROUNDING):
         return "does not clearly change"
     return "falls" if mean < 0 else "rises"
 
