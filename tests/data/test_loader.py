@@ -1,6 +1,10 @@
 """Windows: every token once an epoch, and the same order whoever asks, whenever."""
 
+import functools
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet.data.loader import Windows
-from longnet.data.shards import Split
+from longnet.data.shards import Shard, Split
+
+FOLDER = Path(tempfile.mkdtemp())
 
 
+@functools.cache
 def stream(tokens):
-    """Return a split whose token at t is t, in shards of numpy arrays held in memory."""
-    split = Split("train", tokens, tokens, np.array([0, tokens]), [("a", tokens // 3), ("b", tokens - tokens // 3)])
-    split._maps = {0: np.arange(tokens // 3), 1: np.arange(tokens // 3, tokens)}
-    return split
+    """Return a split whose token at t is t, in two shards."""
+    parts = [np.arange(tokens // 3, dtype=np.uint16), np.arange(tokens // 3, tokens, dtype=np.uint16)]
+    shards = []
+    for number, part in enumerate(parts):
+        path = FOLDER / f"{tokens}-{number}.npy"
+        np.save(path, part)
+        shards.append(Shard.open(path, len(part), part.dtype))
+    return Split("train", tokens, tokens, np.array([0, tokens]), shards)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _swept():
+    yield
+    shutil.rmtree(FOLDER)
 
 
 @given(
@@ -99,7 +116,9 @@ def test_a_billion_tokens_are_read_at_once(tmp_path):
     tokens = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(10**9,))
     tokens[-1] = 7
     del tokens
-    windows = Windows(Split("train", 10**9, 10**9, np.array([0, 10**9]), [(path, 10**9)]), 2048, seed=0)
+    windows = Windows(
+        Split("train", 10**9, 10**9, np.array([0, 10**9]), [Shard.open(path, 10**9, np.dtype(np.uint16))]), 2048, seed=0
+    )
     windows.batch(0, 1)
     begin = time.perf_counter()
     for step in range(10**6, 10**6 + 20):

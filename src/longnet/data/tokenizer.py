@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257
+# cl100k_base's, whose words suit prose and code: line ends and indentation are not cut to single characters.
+_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
@@ -69,6 +73,31 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return _with_end(fast)
 
 
+def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of `size` tokens, `<|endoftext|>` among them, made from texts.
+
+    Fewer where the texts hold no more pairs. The same texts give the same tokenizer.
+    """
+    from tokenizers import AddedToken, pre_tokenizers, trainers
+
+    check_vocabulary(size)
+    tokenizer = _byte_level({}, [], _WORDS)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return wrap(tokenizer)
+
+
+def check_vocabulary(size: int) -> None:
+    """Raise ValueError for a vocabulary that is too small for every text."""
+    if size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"a vocabulary needs at least {SMALLEST_VOCABULARY} tokens, the 256 bytes and {END_OF_TEXT}, got {size}"
+        )
+
+
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return 1 + the largest id; a vocabulary may have holes."""
     return 1 + max(tokenizer.get_vocab().values())
@@ -103,6 +132,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
 def _with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     if END_OF_TEXT in tokenizer.get_vocab() or tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -118,8 +149,47 @@ def _byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str) -> Tokenizer:
+    """Return a byte-level BPE tokenizer that cuts the text by a pattern first."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=bool(merges)))
+    cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, plain])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def _tiktoken(name: str) -> Tokenizer:
-    raise NotImplementedError(name)
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise ValueError(f"tiktoken:{name} needs the package tiktoken: pip install 'longnet-torch[data]'") from error
+    from tokenizers import AddedToken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise ValueError(f"tiktoken has no encoding {name!r}; it has {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError as error:
+        raise ValueError(
+            f"tiktoken cannot fetch {name} ({_first_line(error)}): the first use needs a network"
+        ) from error
+    converter: Any = TikTokenConverter()  # type: ignore[no-untyped-call]
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
+    vocab, merges = converter.extract_vocab_merges_from_model("")
+    # As part of the vocabulary they keep their ids, which need not follow its end.
+    tokenizer = _byte_level({**vocab, **encoding._special_tokens}, merges, _oniguruma(encoding._pat_str))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in encoding._special_tokens])
+    return tokenizer
+
+
+def _oniguruma(pattern: str) -> str:
+    """Return a pattern of tiktoken's for `tokenizers`, where {1,3}+ would repeat and $ match at any line's end."""
+    return re.sub(r"(?<!\\)\$", r"\\z", re.sub(r"(\{\d+,\d*\})\+", r"\1", pattern))
 
 
 def _types(decoder: dict[str, Any] | None) -> set[str]:

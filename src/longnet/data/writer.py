@@ -1,6 +1,7 @@
 """Writing a folder of data so that a kill at any instant loses nothing that was synced and leaves nothing half-written.
 
-Arrays grow in the folder's `.unfinished/`; a whole one is synced and renamed into place, and `index.json` comes last.
+Everything is written in the folder's `.unfinished/`, an array under a name of its own until it is whole; `publish` then
+puts the files into the folder, `index.json` last, so that what was there before stays as it was until then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +19,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from longnet.data.shards import FORMAT, INDEX, SPLITS, TOKEN_BYTES, TOKENIZER, sha256, token_dtype
+from longnet.data.shards import (
+    FORMAT,
+    INDEX,
+    SPLITS,
+    TOKEN_BYTES,
+    TOKENIZER,
+    Shard,
+    checksums,
+    read_index,
+    sha256,
+    token_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 UNFINISHED = ".unfinished"
+_OURS = (*(f"{split}-[0-9]*.npy" for split in SPLITS), f"{TOKENIZER}/*")
 _HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length: numpy leaves room for it to grow
 
 
@@ -35,10 +49,12 @@ class GrowingArray:
     def __init__(self, path: Path, dtype: np.dtype[Any], length: int = 0) -> None:
         self.path, self.dtype, self.length = path, dtype, length
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
         size = _HEADER_BYTES + length * dtype.itemsize
-        if length and path.stat().st_size < size:
-            raise ValueError(f"{path} is shorter than when it was last synced: remove its folder and start anew")
+        if length and (not path.exists() or path.stat().st_size < size):
+            raise ValueError(
+                f"{path} is shorter than when it was last synced: run the command again, which starts anew"
+            )
+        self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
         self._file.truncate(size)
         self._file.seek(size)
 
@@ -77,7 +93,7 @@ class GrowingArray:
 
 
 class SplitWriter:
-    """Shards and document offsets of one split.
+    """Shards and document offsets of one split, in a folder where nobody reads yet.
 
     `state` is what `sync` returned: the writer goes on from there, whatever was written after it.
     """
@@ -85,12 +101,12 @@ class SplitWriter:
     def __init__(
         self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int, state: Mapping[str, Any] | None = None
     ) -> None:
-        state = state or {"tokens": 0, "bytes": 0, "documents": 0, "open_tokens": 0, "shards": []}
+        state = state or {"tokens": 0, "bytes": 0, "documents": 0, "open_tokens": 0, "offsets": 0, "shards": []}
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.tokens, self.bytes = int(state["tokens"]), int(state["bytes"])
         self._shards: list[dict[str, Any]] = list(state["shards"])
         self._shard = self._grow(self._shard_name, dtype, int(state["open_tokens"]))
-        self._offsets = self._grow(self._offsets_name, np.dtype(np.int64), int(state["documents"]) + bool(self.tokens))
+        self._offsets = self._grow(self._offsets_name, np.dtype(np.int64), int(state["offsets"]))
         if not self._offsets.length:
             self._offsets.append(np.zeros(1, dtype=np.int64))
 
@@ -112,13 +128,18 @@ class SplitWriter:
         """Documents that have ended."""
         return self._offsets.length - 1
 
+    @property
+    def shards(self) -> int:
+        """Shards that are whole."""
+        return len(self._shards)
+
     def sync(self) -> dict[str, Any]:
         """Wait until the disk holds everything, and return the state from which a writer can go on."""
         self._shard.sync()
         self._offsets.sync()
         return {
             "tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
-            "open_tokens": self._shard.length, "shards": list(self._shards),
+            "open_tokens": self._shard.length, "offsets": self._offsets.length, "shards": list(self._shards),
         }  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
@@ -152,18 +173,16 @@ class SplitWriter:
         self._shards.append({"file": path.name, "tokens": tokens, "sha256": sha256(path)})
 
     def _grow(self, name: str, dtype: np.dtype[Any], length: int) -> GrowingArray:
-        path, whole = self.folder / UNFINISHED / name, self.folder / name
+        path, whole = self.folder / f"{name}.partial", self.folder / name
         if length and not path.exists() and whole.exists():
-            whole.replace(path)  # it was put into place after the state was saved, and grows again from there
+            whole.replace(path)  # it became whole after the state was saved, and grows again from there
         return GrowingArray(path, dtype, length)
 
 
 class DataWriter:
-    """A folder of data with both splits.
+    """Both splits of a folder of data, the tokenizer beside them.
 
-    >>> with DataWriter(folder, tokenizer, token_bytes) as writer:        # doctest: +SKIP
-    ...     writer.splits["train"].append(tokens, ends=[len(tokens)], text_bytes=len(text))
-    ...     writer.finish(provenance={})
+    Written to `folder` itself; `longnet prepare` hands in a folder of its own and publishes that when it is whole.
     """
 
     def __init__(
@@ -184,6 +203,16 @@ class DataWriter:
     def sync(self) -> dict[str, Any]:
         """Wait until the disk holds everything, and return the state from which a writer can go on."""
         return {name: split.sync() for name, split in self.splits.items()}
+
+    @property
+    def shards(self) -> int:
+        """Shards that are whole."""
+        return sum(split.shards for split in self.splits.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents that have ended."""
+        return sum(split.documents for split in self.splits.values())
 
     def finish(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Put every file into its place, index.json last; return the index."""
@@ -206,19 +235,23 @@ class DataWriter:
         for name, entry in entries.items():
             digest.update(f"{name} {entry['tokens']} {self.dtype.name}".encode())
             for shard in entry["shards"]:
-                tokens = np.load(self.folder / shard["file"], mmap_mode="r")
-                for start in range(0, len(tokens), 2**22):
-                    digest.update(tokens[start : start + 2**22].tobytes())
+                tokens = Shard.open(self.folder / shard["file"], shard["tokens"], self.dtype)
+                for start in range(0, tokens.tokens, 2**20):
+                    digest.update(tokens.read(start, min(start + 2**20, tokens.tokens)).data)
         return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the files where they are."""
+        for split in self.splits.values():
+            split.close()
 
     def __enter__(self) -> Self:
         """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the files where they are."""
-        for split in self.splits.values():
-            split.close()
+        """Close the files."""
+        self.close()
 
 
 @contextmanager
@@ -238,10 +271,30 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def publish(folder: Path) -> None:
+    """Move what a finished writer left in the folder's `.unfinished/` into it; after a kill, the same again."""
+    work = folder / UNFINISHED
+    index = read_index(work)
+    names = checksums(index)
+    (folder / INDEX).unlink(missing_ok=True)
+    for name in names:
+        if (work / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (work / name).replace(folder / name)
+    written = [path for pattern in _OURS for path in folder.glob(pattern)]
+    for path in written:
+        if path.relative_to(folder).as_posix() not in names:
+            path.unlink()
+    _sync_folder(folder)
+    (work / INDEX).replace(folder / INDEX)
+    _sync_folder(folder)
+    shutil.rmtree(work)
+
+
 def write_json(value: object, path: Path) -> None:
     """Write indented JSON through `write_whole`."""
     with write_whole(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def _sync_folder(folder: Path) -> None:

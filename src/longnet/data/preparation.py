@@ -1,0 +1,125 @@
+"""`longnet prepare`: a corpus to a folder of token shards, killed and resumed as it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from longnet.data.assembly import STATE, Options, assemble
+from longnet.data.corpus import list_corpus
+from longnet.data.shards import INDEX, TOKEN_BYTES, TokenData, read_index
+from longnet.data.tokenizer import load_tokenizer
+from longnet.data.writer import UNFINISHED, publish, write_json
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A finished folder: its index, the seconds this took, and whether it had been there already."""
+
+    index: dict[str, Any]
+    seconds: float
+    known: bool
+
+
+def prepare(
+    options: Options, folder: Path, *, workers: int | None = None, overwrite: bool = False, progress: bool = True
+) -> Prepared:
+    """Write the corpus into `folder`, or go on where an earlier call with the same options and files was stopped.
+
+    The files are the same whatever the number of workers (None: one per core) and however often it was stopped. Raises
+    ValueError or OSError, in one line that says what to do, for what the user can mend; a finished folder that was
+    there stays as it is until the new one is whole.
+    """
+    try:
+        return _prepare(options, folder, workers, overwrite, progress)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise OSError(
+            f"{folder}: {error.strerror}; free some, and the same command goes on from what is written, "
+            f"or remove {folder / UNFINISHED}"
+        ) from error
+
+
+def _prepare(options: Options, folder: Path, workers: int | None, overwrite: bool, progress: bool) -> Prepared:
+    began = time.monotonic()
+    corpus = list_corpus(options.sources, suffixes=options.suffixes, exclude=options.exclude)
+    tokenizer = None if options.train_bpe else load_tokenizer(options.tokenizer)
+    identity = {"options": json.loads(json.dumps(dataclasses.asdict(options))), "corpus": corpus.digest()}
+    if tokenizer is not None:
+        saved = tokenizer.backend_tokenizer.to_str().encode()
+        identity["tokenizer"] = hashlib.blake2b(saved, digest_size=16).hexdigest()
+    if _claim(folder, identity, overwrite):
+        return Prepared(read_index(folder), time.monotonic() - began, known=True)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = folder / UNFINISHED
+    try:
+        if not (work / INDEX).exists():
+            assemble(options, corpus, work, tokenizer, workers=workers, progress=progress)
+    except ValueError:
+        shutil.rmtree(work)  # what is wrong in the input has to be mended there, which makes it another input
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    publish(folder)
+    return Prepared(read_index(folder), time.monotonic() - began, known=False)
+
+
+def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether the folder is finished already, or make it ready to be written; raise where it must not be."""
+    work = folder / UNFINISHED
+    begun = json.loads((work / STATE).read_bytes())["identity"] if (work / STATE).exists() else None
+    finished = _finished(folder, identity, overwrite)
+    if finished == identity:
+        if begun == identity:
+            shutil.rmtree(work)
+        return True
+    if begun == identity:
+        return False
+    known = finished if finished is not None else begun
+    if known is not None and not overwrite:
+        raise ValueError(
+            f"{folder} was made, or begun, {_difference(known, identity)}: give another folder, or --overwrite"
+        )
+    if known is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no prepared data: give another folder")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_json({"identity": identity}, work / STATE)
+    return False
+
+
+def _finished(folder: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Return what the data in a folder were made from, {} for damaged ones that may be overwritten, None for none."""
+    if not (folder / INDEX).exists():
+        return None
+    try:
+        found = dict(read_index(folder)["provenance"]["identity"])
+        if found == identity:
+            data = TokenData.open(folder)
+            if overwrite:
+                data.verify()
+    except (ValueError, KeyError, FileNotFoundError):
+        if overwrite and (folder / TOKEN_BYTES).exists():
+            return {}
+        raise
+    return found
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    was, now = old["options"], new["options"]
+    named = [f"{name} {was.get(name)!r}, now {now[name]!r}" for name in now if was.get(name) != now[name]]
+    if named:
+        return "with other options (" + "; ".join(named) + ")"
+    return "from other files" if old["corpus"] != new["corpus"] else "with another tokenizer"
