@@ -25,6 +25,7 @@ from longnet.data.shards import (
     SPLITS,
     TOKEN_BYTES,
     TOKENIZER,
+    Shard,
     checksums,
     read_index,
     sha256,
@@ -234,9 +235,9 @@ class DataWriter:
         for name, entry in entries.items():
             digest.update(f"{name} {entry['tokens']} {self.dtype.name}".encode())
             for shard in entry["shards"]:
-                tokens = np.load(self.folder / shard["file"], mmap_mode="r")
-                for start in range(0, len(tokens), 2**22):
-                    digest.update(tokens[start : start + 2**22].tobytes())
+                tokens = Shard.open(self.folder / shard["file"], shard["tokens"], self.dtype)
+                for start in range(0, tokens.tokens, 2**20):
+                    digest.update(tokens.read(start, min(start + 2**20, tokens.tokens)).data)
         return digest.hexdigest()
 
     def close(self) -> None:

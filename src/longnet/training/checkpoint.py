@@ -149,13 +149,14 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: str | Path) -> Path:
     """Return the Hugging Face folder of a model: a run's newest whole checkpoint, or the folder itself.
 
     Raises:
         FileNotFoundError: there is no model in it.
         ValueError: a checkpoint, or all those of a run, are damaged.
     """
+    path = Path(path)
     if (path / "config.json").is_file():
         is_checkpoint = (path / _MANIFEST).exists() or (path / STATE).exists()
         fault = find_fault(path) if is_checkpoint else None

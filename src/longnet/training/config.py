@@ -1,6 +1,6 @@
 """The recipe of a training run: one dataclass a table, each beside its owner, composed here.
 
-Annotations are no strings in this module: cyclopts reads those of a class that extends Recipe in the extension's module.
+No annotation is a string here, since cyclopts looks those of a class that extends Recipe up in the extension's module.
 """
 
 import dataclasses

@@ -305,7 +305,7 @@ class _Run:
 
     def _prepared(self, train: TrainConfig) -> nn.Module:
         if train.checkpoint_activations:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         # The compiled module is the same one with a faster call; evaluation, whose shapes vary, calls the plain one.
         return cast("nn.Module", torch.compile(self.model)) if train.compile else self.model
 

@@ -133,8 +133,9 @@ def describe(row: dict[str, Any], seconds_left: float) -> str:
     """Return the figures of a line of kind "train" for the screen."""
     utilisation = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
     loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+    gradient = "none" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}"
     return (
-        f"loss {loss}  lr {row['lr']:.2e}  gradient {row['gradient_norm']:.2f}  {row['tokens_per_s']:,.0f} tokens/s  "
+        f"loss {loss}  lr {row['lr']:.2e}  gradient {gradient}  {row['tokens_per_s']:,.0f} tokens/s  "
         f"MFU {utilisation}  {row['memory'] / 2**30:.2f} GiB  {_clock(seconds_left)} left"
     )
 
@@ -142,15 +143,17 @@ def describe(row: dict[str, Any], seconds_left: float) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the FLOPs a second of a matrix product on a device: what "utilisation" is a share of.
 
-    The best of a few products, some 20 ms in all on a CPU; None where the device cannot multiply in this dtype.
+    The best of a few products, which take some 50 ms in all; None where the device cannot multiply in this dtype.
     """
-    size, repeats = (8192, 10) if device.type == "cuda" else (512, 8)
+    size = 8192 if device.type == "cuda" else 512
+    spent: list[float] = []
     try:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
-        best = min(_seconds(lambda: matrix @ matrix, device) for _ in range(repeats))
+        while len(spent) < 2 or sum(spent[1:]) < 0.05:  # the first one loads libraries
+            spent.append(_seconds(lambda: matrix @ matrix, device))
     except RuntimeError:  # no such kernel, or no memory for it
         return None
-    return 2 * size**3 / best
+    return 2 * size**3 / min(spent)
 
 
 def peak_memory(device: torch.device) -> int:
