@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from longnet import DilationPattern
-from longnet.plots import draw_pattern, draw_runtime, visibility
+from longnet.plots import Curve, draw_curves, draw_pattern, draw_runtime, name_length, visibility
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -39,3 +39,20 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
         draw_pattern(DilationPattern((16,), (1,)), tmp_path / "x.png", tokens=2**23, num_heads=1)
     with pytest.raises(ValueError, match="suffix must be one of"):
         draw_pattern(DilationPattern((16,), (1,)), tmp_path / "x.doc", tokens=64, num_heads=1)
+
+
+def test_lengths_have_names():
+    assert [name_length(tokens) for tokens in (512, 1000, 2048, 2049, 32768, 2**20, 3 * 2**20)] == [
+        "512", "1,000", "2K", "2,049", "32K", "1M", "3M",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["tokens", "log", "linear"])
+def test_curves_are_drawn(tmp_path, scale):
+    path = tmp_path / "curves.png"
+    curves = [
+        Curve("one", [512, 2048], [3.0, 2.5], [0.1, None], "sdpa"),
+        Curve("two", [512, 2048, 8192], [3.0, 2.5, 2.4], None, "other", 5, ["a", "b", "c"]),
+    ]
+    draw_curves(curves, path, x="tokens", y="loss", scale=scale, mark=(2048, "training length"))
+    assert path.stat().st_size > 5000

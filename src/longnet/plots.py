@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from longnet.attention.pattern import DilationPattern, kept_rows
 _PIXELS = 256
 _DRAWN_TOKENS = 2**22
 _DENSE, _DILATED, _IDEAL = "#9a6b4f", "#1f6f8b", "#b7c4c9"
+_KINDS, _OTHER = {"dilated": _DILATED, "sdpa": _DENSE, "sparse_fixed": "#7a8f2a"}, "#5b5b8c"
 
 
 def visibility(
@@ -98,3 +100,87 @@ def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture.
+
+    Attributes:
+        label: in the legend.
+        x: places.
+        y: values.
+        error: standard errors, drawn as a band of two of them on either side; None for none.
+        kind: what the colour says: "dilated", "sdpa", "sparse_fixed", or anything else.
+        style: of the line, which tells curves of a kind apart: 0, 1, ….
+        names: written beside each place; None for none.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float | None] | None = None
+    kind: str = "dilated"
+    style: int = 0
+    names: Sequence[str] | None = None
+
+
+def draw_curves(
+    curves: Sequence[Curve],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    scale: Literal["tokens", "log", "linear"] = "tokens",
+    mark: tuple[float, str] | None = None,
+) -> None:
+    """Draw curves with a legend.
+
+    Args:
+        curves: what to draw.
+        path: where the picture goes; its suffix is the format.
+        x: name of the horizontal axis.
+        y: name of the vertical axis.
+        scale: of the horizontal axis: "tokens" for a few lengths, named 512, 2K, …, on a logarithmic one. Places are
+            marked but on a linear one, which has many.
+        mark: a vertical line, and what it marks.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for curve in curves:
+        colour = _KINDS.get(curve.kind, _OTHER)
+        line = ("-", "--", ":", "-.")[curve.style % 4]
+        marker = None if scale == "linear" else ("o", "s", "^", "D")[curve.style % 4]
+        ax.plot(curve.x, curve.y, line, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.4)
+        if curve.error is not None:
+            around = [2 * (error or 0) for error in curve.error]
+            low, high = ([v + sign * e for v, e in zip(curve.y, around, strict=True)] for sign in (-1, 1))
+            ax.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
+        for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
+            ax.annotate(name, (place, value), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+    if mark is not None:
+        ax.axvline(mark[0], color=_IDEAL, linestyle="--", linewidth=1, zorder=0)
+        ax.annotate(
+            mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90
+        )
+    if scale == "log":
+        ax.set_xscale("log")
+    elif scale == "tokens":
+        ax.set_xscale("log", base=2)
+        places = sorted({int(place) for curve in curves for place in curve.x})
+        ax.set_xticks(places, [name_length(place) for place in places])
+        ax.set_xticks([], minor=True)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    if len(curves) > 1:
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def name_length(tokens: int) -> str:
+    """Return 512, 2K, 32K, 1M for lengths in tokens; what is no whole number of K in full."""
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{letter}"
+    return f"{tokens:,}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from longnet import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
@@ -77,6 +78,18 @@ def test_flops_count_the_dense_mask():
         for tokens in (0, 1, 7, 40, 61):
             pairs = int(sees(pattern, tokens).sum())
             assert pattern.flops(tokens=tokens, num_heads=3, head_dim=16) == 4 * 16 * 3 * pairs
+
+
+def test_flop_counter_counts_the_closed_form():
+    pattern = SparseFixedPattern(block=16, summary=3)
+    q, k, v = (x.requires_grad_() for x in tensors(2, 4, 2, 70, 70))
+    with FlopCounterMode(display=False) as counter:
+        out = sparse_fixed_attention(q, k, v, pattern)
+    forward = 2 * pattern.flops(tokens=70, num_heads=4, head_dim=8)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == forward * 5 // 2
 
 
 def test_matching_the_paper_costs_what_longnet_costs():

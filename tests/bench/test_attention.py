@@ -60,14 +60,3 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert [row["number"] for row in rows] == [0, 1]
     assert {"date", "commit", "device", "threads", "torch", "python"} <= rows[0].keys()
     assert rows[0]["torch"] == torch.__version__
-
-
-def test_interleaved_runs_every_case_in_every_round():
-    calls = []
-    times = record.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
-    assert calls == ["a", "b"] * 3  # the first round is not counted
-    assert [len(rounds) for rounds in times] == [2, 2]
-
-
-def test_a_ratio_is_the_median_over_rounds():
-    assert record.ratio([1.0, 10.0, 30.0], [1.0, 1.0, 10.0]) == 3.0  # not 10 / 1, that of the medians

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
 from longnet.attention.pattern import DilationPattern
@@ -181,40 +182,45 @@ def _local_tiles(q: Tensor, k: Tensor, runs: tuple[Run, ...], block: int) -> tup
 
 
 def _summary_parts(q: Tensor, k: Tensor, runs: tuple[Run, ...], pattern: SparseFixedPattern) -> Iterator[_Part]:
+    for run in runs:
+        tiles = _summary_tiles(q, k, run, pattern)
+        if tiles:
+            before = torch.arange((run.stop - run.start - 1) // pattern.block * pattern.block, device=k.device)
+            kept = before[before % pattern.step >= pattern.step - pattern.summary]
+            yield _Part(slice(run.row, run.row + run.rows), run.start + kept, tiles)
+
+
+def _summary_tiles(q: Tensor, k: Tensor, run: Run, pattern: SparseFixedPattern) -> tuple[Tile, ...]:
     num_kv_heads, skipped = k.shape[1], k.shape[2] - q.shape[2]
     group = q.shape[1] // num_kv_heads
-    for run in runs:
-        length = run.stop - run.start
-        q_from = max(0, skipped - run.start)
-        tiles = []
-        for start in range(q_from // pattern.block * pattern.block, length, pattern.block):
-            summaries = pattern.summaries_before(start)
-            first, stop = max(start, q_from), min(start + pattern.block, length)
-            if summaries == 0 or first >= stop:
-                continue
-            tiles.append(
-                Tile(
-                    row=0,
-                    q_head=0,
-                    kv_head=0,
-                    q_start=run.start + first - skipped,
-                    q_rows=stop - first,
-                    k_start=0,
-                    k_rows=summaries,
-                    rate=1,
-                    is_causal=False,
-                    is_first=False,
-                    axes=(
-                        Axis(run.rows, row=1),
-                        Axis(num_kv_heads, q_head=group, kv_head=1),
-                        Axis(group, q_head=1),
-                    ),
-                )
+    length = run.stop - run.start
+    q_from = max(0, skipped - run.start)
+    tiles = []
+    for start in range(q_from // pattern.block * pattern.block, length, pattern.block):
+        summaries = pattern.summaries_before(start)
+        first, stop = max(start, q_from), min(start + pattern.block, length)
+        if summaries == 0 or first >= stop:
+            continue
+        tiles.append(
+            Tile(
+                row=0,
+                q_head=0,
+                kv_head=0,
+                q_start=run.start + first - skipped,
+                q_rows=stop - first,
+                k_start=0,
+                k_rows=summaries,
+                rate=1,
+                is_causal=False,
+                is_first=False,
+                axes=(
+                    Axis(run.rows, row=1),
+                    Axis(num_kv_heads, q_head=group, kv_head=1),
+                    Axis(group, q_head=1),
+                ),
             )
-        if tiles:
-            before = torch.arange((length - 1) // pattern.block * pattern.block, device=k.device)
-            kept = before[before % pattern.step >= pattern.step - pattern.summary]
-            yield _Part(slice(run.row, run.row + run.rows), run.start + kept, tuple(tiles))
+        )
+    return tuple(tiles)
 
 
 @torch.library.custom_op("longnet::sparse_fixed_attention", mutates_args=())
@@ -303,3 +309,29 @@ def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor
 
 
 _op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+@register_flop_formula(torch.ops.longnet.sparse_fixed_attention, get_raw=True)
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    _v: Tensor,
+    bounds: Tensor | None,
+    block: int,
+    stride: int,
+    summary: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    runs = runs_of(bounds, k.shape[0], k.shape[2])
+    tiles = list(_local_tiles(q, k, runs, block)[0])
+    for run in runs:
+        tiles += _summary_tiles(q, k, run, SparseFixedPattern(block, summary, stride))
+    return 4 * q.shape[3] * sum(tile.pairs for tile in tiles)
+
+
+@register_flop_formula(torch.ops.longnet.sparse_fixed_attention_backward, get_raw=True)
+def _flops_backward(
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **__: Any
+) -> int:
+    return _flops(q, k, v, *rest) * 5 // 2  # five matrix products where the forward has two

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import re
-import resource
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from longnet.attention.backends import dispatch
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
-from longnet.bench.record import interleaved, ratio
+from longnet.measurement import interleaved, peak_bytes, ratio
 
 Row = dict[str, Any]
 
@@ -187,22 +184,9 @@ def _peak_growth(settings: Settings, device_name: str) -> tuple[int, int]:
         small = _tensors(4096, settings, device)[:3]
         dilated_attention(*small, DilationPattern.paper(), is_causal=True)  # libraries load their parts
         q, k, v, _ = _tensors(settings.memory_length, settings, device)
-        before = _peak_bytes(device, reset=True)
+        before = peak_bytes(device, reset=True)
         out = dilated_attention(q, k, v, DilationPattern.paper(), is_causal=True)
-    return _peak_bytes(device) - before, sum(x.numel() * x.element_size() for x in (q, k, v, out))
-
-
-def _peak_bytes(device: torch.device, *, reset: bool = False) -> int:
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if reset:  # Linux: getrusage would count what the parent process once held
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
+    return peak_bytes(device) - before, sum(x.numel() * x.element_size() for x in (q, k, v, out))
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern) -> list[Gathered]:

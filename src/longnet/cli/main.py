@@ -13,6 +13,13 @@ import cyclopts
 app = cyclopts.App(name="longnet", help="LongNet: dilated attention for very long sequences (arXiv:2307.02486).")
 app.command("longnet.cli.show:show", help="Print what a pattern costs, reaches and keeps; draw it.")
 app.command("longnet.cli.prepare:prepare", help="Turn text into token shards for training, with a validation split.")
+app.command("longnet.cli.train:app", name="train", help="Train a model from a recipe; resume a run to the same bits.")
+app.command("longnet.cli.evaluate:evaluate", help="Perplexity by context length and position; pass keys by distance.")
+app.command("longnet.cli.generate:generate", help="Continue a text.")
+app.command(
+    "longnet.cli.compare:app", name="compare", help="Train one model with three attentions; report the paper's Table 2."
+)
+app.command("longnet.cli.info:info", help="What a recipe, a model or a data folder is, and needs.")
 app.command("longnet.cli.bench:app", name="bench", help="Measure, each figure behind a check that the result is right.")
 
 

@@ -1,0 +1,70 @@
+"""`longnet generate`: text from a model, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+
+
+def generate(
+    model: Path,
+    *,
+    prompt: str | None = None,
+    file: Annotated[Path | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
+    tokens: Annotated[int, cyclopts.Parameter(("--tokens", "-n"))] = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    attention: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Continue a text; what the model writes goes to the standard output, character by character.
+
+    Parameters
+    ----------
+    model
+        Folder of a run of `longnet train`, or of any Hugging Face causal language model with its tokenizer.
+    prompt
+        Text to continue; an empty one begins a document.
+    file
+        File that holds the prompt instead; "-" is the standard input.
+    tokens
+        New tokens, at most; the end of the document ends earlier.
+    temperature
+        Divides the logits before a token is drawn; 0 takes the likeliest token.
+    top_k
+        Draw among so many likeliest tokens.
+    top_p
+        Draw among the likeliest tokens that together have this probability.
+    seed
+        Of the draws: the same seed gives the same text.
+    attention
+        Another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
+    device
+        "cpu", "cuda", or "auto" for a GPU where there is one.
+    """
+    from longnet.evaluation.generation import Sampling, generate_text
+
+    if (prompt is None) == (file is None):
+        raise ValueError('give --prompt TEXT or --file FILE ("-" for the standard input), one of them')
+    sampling = Sampling(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    from longnet.cli.model import find_device, load_model, load_tokenizer
+
+    text = prompt if prompt is not None else _read(file)
+    loaded = load_model(model, find_device(device), attention)
+    tokenizer = load_tokenizer(loaded.folder)
+    print(text, end="", flush=True)
+    generate_text(loaded.model, tokenizer, text, sampling, file=sys.stdout)
+    print()
+
+
+def _read(file: Path | None) -> str:
+    if file is None or str(file) == "-":
+        return sys.stdin.read()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}: give --file FILE, or --prompt TEXT")
+    return file.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,187 @@
+"""`longnet info`: what a recipe, a model or a data folder is, and needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import cyclopts
+
+from longnet.cli.check import at_least_one
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from longnet.model import LongNetConfig
+    from longnet.training.config import Recipe
+
+
+def info(
+    path: Path,
+    *,
+    tokens: Annotated[int | None, cyclopts.Parameter(("--tokens", "-n"))] = None,
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
+) -> None:
+    """Print parameters, FLOPs and memory of a recipe or a model; counts and origin of a data folder.
+
+    Parameters
+    ----------
+    path
+        A recipe (TOML), a run or Hugging Face model folder, or a folder that `longnet prepare` wrote.
+    tokens
+        Length of a sequence; that of training when left out.
+    output
+        Where to draw the attention; its suffix is the format (.png, .svg, .pdf).
+    """
+    if tokens is not None:
+        at_least_one(tokens=tokens)
+    if path.suffix == ".toml":
+        lines, config, tokens = _of_recipe(path, tokens)
+    elif (path / "index.json").is_file():
+        lines, config, tokens = _of_data(path), None, 0
+    else:
+        lines, config, tokens = _of_model(path, tokens)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:{width}}  {value}")
+    if output is not None:
+        _draw(config, tokens, output)
+        print(f"{'drawn':{width}}  {output}")
+
+
+def _of_recipe(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:
+    from longnet.cli.recipe import load_recipe
+    from longnet.model.budget import training_memory
+    from longnet.training.config import Recipe
+
+    recipe = load_recipe(path, kind=Recipe)
+    config, vocabulary = _config(recipe)
+    train = recipe.train
+    length = tokens or train.tokens
+    memory = training_memory(
+        config, tokens=length, sequences=max(1, train.batch_sequences // train.accumulate),
+        bfloat16=train.dtype == "bfloat16", checkpoint_activations=train.checkpoint_activations,
+    )  # fmt: skip
+    step = train.batch_sequences * train.tokens
+    lines = [
+        ("recipe", f"{path}, data {recipe.data.path}{vocabulary}"),
+        ("training", f"{train.steps:,} steps of {train.batch_sequences:,} × {train.tokens:,} = {step:,} tokens, "
+         f"{train.steps * step:,} in all"),
+        *_of_config(config, length, training=True),
+        ("memory", f"training {_gigabytes(memory.total)}: weights {_gigabytes(memory.weights)}, gradients "
+         f"{_gigabytes(memory.gradients)}, Adam {_gigabytes(memory.optimizer)}, activations "
+         f"{_gigabytes(memory.activations)} (estimate; PyTorch itself on top)"),
+    ]  # fmt: skip
+    return lines, config, length
+
+
+def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
+    """Return a recipe's configuration, and a remark where its data are not there to give the vocabulary."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from longnet.data.shards import TokenData
+    from longnet.model import LongNetConfig
+
+    data: Any
+    try:
+        data = TokenData.open(recipe.data.path)
+        return recipe.model_config(data), f", vocabulary {data.vocab_size:,}"
+    except FileNotFoundError:
+        given: Any = recipe.model
+        default = LongNetConfig() if given.preset is None else LongNetConfig.preset(given.preset)
+        data = SimpleNamespace(vocab_size=given.vocab_size or default.vocab_size, end_of_text=None)
+        return recipe.model_config(data), f" (not prepared yet: a vocabulary of {data.vocab_size:,} is assumed)"
+
+
+def _of_model(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:
+    from transformers import AutoConfig
+
+    import longnet.model  # noqa: F401  # makes LongNet known to transformers
+    from longnet.cli.model import training_length
+    from longnet.training.checkpoint import model_folder
+
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: give a recipe, a run or model folder, or a data folder")
+    folder = model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the configuration in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    trained = training_length(folder)
+    length = tokens or trained or int(getattr(config, "max_position_embeddings", None) or 2048)
+    lines = [("model", f"{folder}, {config.model_type}")]
+    if trained is not None:
+        lines.append(("trained at", f"{trained:,} tokens"))
+    return [*lines, *_of_config(config, length, training=False)], config, length
+
+
+def _of_config(config: PreTrainedConfig, tokens: int, *, training: bool) -> list[tuple[str, str]]:
+    from longnet.model import LongNetConfig
+    from longnet.model.budget import cache_bytes, count_parameters, step_flops
+    from longnet.model.cost import attention_flops
+
+    parameters = count_parameters(config)
+    lines = [
+        ("parameters", f"{parameters.total:,}; {parameters.total - parameters.embedding:,} without the "
+         f"{parameters.embedding:,} of embeddings")
+    ]  # fmt: skip
+    if not isinstance(config, LongNetConfig):
+        return lines
+    attention = attention_flops(config, tokens=tokens) / tokens
+    dense = 2 * config.num_attention_heads * int(config.head_dim or 0) * (tokens + 1) * config.num_hidden_layers
+    rest = 2 * parameters.multiplied
+    lines += [
+        ("attention", f"{config._attn_implementation}, {config.pattern}"),
+        ("FLOPs", f"{rest + attention:.3e} a token forward at {tokens:,} tokens: {rest:.3e} in weights, "
+         f"{attention:.3e} in attention, {attention / dense:.3f} × that of dense attention"),
+    ]  # fmt: skip
+    if training:
+        step = step_flops(config, tokens=tokens, sequences=1) / tokens
+        lines.append(("", f"{step:.3e} a token in training, forward and backward"))
+    cache = cache_bytes(config, tokens=tokens)
+    lines.append((
+        "cache", f"{_gigabytes(cache['dense'])} of keys and values after {tokens:,} tokens (float32); the streaming "
+        f"state of the pattern would be {_gigabytes(cache['dilated'])}",
+    ))  # fmt: skip
+    return lines
+
+
+def _of_data(path: Path) -> list[tuple[str, str]]:
+    import json
+
+    import numpy as np
+
+    from longnet.data.shards import TokenData
+
+    data = TokenData.open(path)
+    lines = [("data", f"{path}, vocabulary {data.vocab_size:,}, fingerprint {data.fingerprint[:16]}")]
+    for split in (data.train, data.validation):
+        sizes = np.diff(split.documents)
+        each = f", {split.bytes / split.tokens:.3f} bytes a token" if split.tokens else ""
+        lines.append((
+            split.name, f"{split.tokens:,} tokens, {split.bytes:,} bytes of text{each}, {len(sizes):,} documents in "
+            f"{len(split.shards)} shards",
+        ))  # fmt: skip
+        if len(sizes):
+            marks = np.quantile(sizes, (0.1, 0.5, 0.9, 1), method="nearest")
+            shares = ", ".join(
+                f"{name} {int(mark):,}" for name, mark in zip(("10 %", "half", "90 %", "all"), marks, strict=True)
+            )
+            lines.append(("", f"tokens a document, at most: {shares}"))
+    lines += [(name, json.dumps(value, ensure_ascii=False)) for name, value in data.provenance.items()]
+    return lines
+
+
+def _draw(config: PreTrainedConfig | None, tokens: int, output: Path) -> None:
+    from longnet.model.interface import pattern_of
+    from longnet.plots import draw_pattern
+
+    if config is None:
+        raise ValueError("a data folder has no attention to draw: leave --output away")
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    draw_pattern(pattern_of(config), output, tokens=tokens, num_heads=heads)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

@@ -1,0 +1,122 @@
+"""Models that commands load: a run's newest checkpoint, or any Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Loaded(NamedTuple):
+    """A model and where it came from.
+
+    Attributes:
+        model: on its device, in eval mode.
+        folder: its Hugging Face folder.
+        run: the folder that was given, or the run that a checkpoint belongs to.
+        training_length: tokens of a training sequence; None where the folder does not say.
+    """
+
+    model: PreTrainedModel
+    folder: Path
+    run: Path
+    training_length: int | None
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that `--device` names.
+
+    Raises:
+        ValueError: another name, or "cuda" without a GPU.
+    """
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no GPU on this machine: leave --device away")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_model(path: Path, device: torch.device, attention: str | None = None) -> Loaded:
+    """Load a model.
+
+    Args:
+        path: of a run, of a checkpoint, or of a Hugging Face model.
+        device: where it goes.
+        attention: to use instead of its own.
+
+    Raises:
+        ValueError: a folder whose model cannot be loaded, or an attention that the model does not have.
+        OSError: there is no model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    import longnet.model  # noqa: F401  # makes LongNet and its attentions known to transformers
+    from longnet.training.checkpoint import model_folder
+
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {path}: give a run of `longnet train`, or a Hugging Face model folder"
+        )
+    folder = model_folder(path)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **keywords)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    model.to(device).eval()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else path
+    return Loaded(model, folder, run, training_length(folder))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model's folder.
+
+    Raises:
+        ValueError: it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
+
+
+def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, data_vocab_size: int) -> None:
+    """Raise ValueError unless the data's tokens are the model's.
+
+    Where the model's folder has a tokenizer, the two must give the tokens the same ids; else their number must fit.
+    """
+    remedy = f"prepare the data with the model's tokenizer: longnet prepare … --tokenizer {folder}"
+    if data_vocab_size > vocab_size:
+        raise ValueError(
+            f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}: {remedy}"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        if data_vocab_size < 0.9 * vocab_size:
+            raise ValueError(
+                f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}, and "
+                f"{folder} holds no tokenizer that would show that they belong together: {remedy}"
+            )
+        return
+    ours, theirs = load_tokenizer(folder).get_vocab(), load_tokenizer(data_folder / "tokenizer").get_vocab()
+    if ours != theirs:
+        raise ValueError(f"the tokenizers of {data_folder} and {folder} differ: {remedy}")
+
+
+def training_length(folder: Path) -> int | None:
+    """Return the tokens of a training sequence of a checkpoint of `longnet train`, None for another model."""
+    from longnet.training.state import read_record
+
+    return int(read_record(folder)["recipe"]["train"]["tokens"]) if (folder / "state.json").is_file() else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

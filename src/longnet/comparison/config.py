@@ -1,0 +1,198 @@
+"""The recipe of a comparison, and its cells: an attention and a training length each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from longnet.attention.sparse_fixed import SparseFixedPattern
+from longnet.model.configuration import LongNetConfig
+from longnet.plots import name_length
+from longnet.training.config import Attention, Recipe, Tables
+
+if TYPE_CHECKING:
+    from longnet.data.shards import TokenData
+
+SYSTEMS: dict[str, str] = {"sdpa": "Transformer", "sparse_fixed": "Sparse Transformer", "dilated": "LongNet"}
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """The recipe's table `[compare]`: what `longnet compare` trains and evaluates."""
+
+    attentions: tuple[Attention, ...] = ("sdpa", "sparse_fixed", "dilated")
+    """Systems: "sdpa" is the Transformer, "sparse_fixed" the Sparse Transformer, "dilated" LongNet."""
+
+    lengths: tuple[int, ...] = (512, 2048)
+    """Training lengths, in tokens. A step holds train.batch_sequences × train.tokens tokens at each of them."""
+
+    contexts: tuple[int, ...] = ()
+    """Context lengths of the evaluation, each a divisor of the longest; the training lengths when empty."""
+
+    cells: tuple[str, ...] = ()
+    """Which cells to run, like "sdpa-512"; every attention at every length when empty."""
+
+    sparse_block: int | None = None
+    """Block of the Sparse Transformer; the shortest segment of LongNet when None (2048 both, in the paper). Its summary
+    and stride are chosen so that it costs what LongNet costs at the training length."""
+
+    rounds: int = 3
+    """Rounds of the timing at the end, in which a step of each cell runs in turn; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("attentions", "lengths"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"compare.{name} must be different values, at least one, got {list(values)}")
+        if min((*self.lengths, *self.contexts)) < 1:
+            raise ValueError(
+                f"compare.lengths and compare.contexts must be 1 or more, got {self.lengths, self.contexts}"
+            )
+        if self.rounds < 0 or (self.sparse_block is not None and self.sparse_block < 1):
+            raise ValueError("compare.rounds must be 0 or more, and compare.sparse_block 1 or more")
+
+
+class Cell(NamedTuple):
+    """One entry of the comparison."""
+
+    attention: Attention
+    length: int
+
+    @property
+    def name(self) -> str:
+        """As in `compare.cells`, and of its folder."""
+        return f"{self.attention}-{self.length}"
+
+    @property
+    def title(self) -> str:
+        """For people: "LongNet, 2K"."""
+        return f"{SYSTEMS[self.attention]}, {name_length(self.length)}"
+
+
+@dataclass(kw_only=True)
+class ComparisonRecipe(Recipe):
+    """A training recipe with a table `[compare]`."""
+
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    @property
+    def all_cells(self) -> list[Cell]:
+        """The cells, by system and length.
+
+        Raises:
+            ValueError: `compare.cells` names one that there is not, or a length does not fit the tokens of a step.
+        """
+        compare = self.compare
+        cells = [Cell(attention, length) for attention in compare.attentions for length in sorted(compare.lengths)]
+        names = [cell.name for cell in cells]
+        for name in compare.cells:
+            if name not in names:
+                raise ValueError(f"compare.cells: there is no cell {name!r}; there are {', '.join(names)}")
+        for cell in cells:
+            if self.step_tokens % cell.length:
+                raise ValueError(
+                    f"compare.lengths: a step has train.batch_sequences × train.tokens = {self.step_tokens:,} tokens, "
+                    f"which is no multiple of {cell.length:,}; choose them so that every length divides it"
+                )
+        return [cell for cell in cells if not compare.cells or cell.name in compare.cells]
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, the same in every cell."""
+        return self.train.batch_sequences * self.train.tokens
+
+    @property
+    def scored_contexts(self) -> tuple[int, ...]:
+        """The context lengths of the final evaluation, shortest first."""
+        return tuple(sorted(self.compare.contexts or self.compare.lengths))
+
+    def for_cell(self, cell: Cell, data: TokenData) -> Recipe:
+        """Return the training recipe of a cell: the same model, the same tokens a step, another attention and length.
+
+        Raises:
+            ValueError: no fixed pattern costs what LongNet's does.
+        """
+        sequences = self.step_tokens // cell.length
+        part = max(1, self.step_tokens // self.train.accumulate // cell.length)  # sequences of a forward pass
+        while sequences % part:
+            part -= 1
+        train = dataclasses.replace(
+            self.train, tokens=cell.length, batch_sequences=sequences, accumulate=sequences // part
+        )
+        # The longest of all lengths, so that xPos places its scales alike in every cell.
+        fields: dict[str, Any] = {"attention": cell.attention}
+        if getattr(self.model, "max_position_embeddings") is None:  # noqa: B009  # the fields are LongNetConfig's
+            fields["max_position_embeddings"] = max(*self.compare.lengths, *self.scored_contexts)
+        model = dataclasses.replace(self.model, **fields)
+        if cell.attention == "sparse_fixed" and getattr(model, "sparse_block") is None:  # noqa: B009
+            dilated = dataclasses.replace(model, attention="dilated")
+            config = Recipe(data=self.data, model=dilated).model_config(data)
+            sparse = matching_pattern(config, cell.length, self.compare.sparse_block)
+            fields = {"sparse_block": sparse.block, "sparse_summary": sparse.summary, "sparse_stride": sparse.stride}
+            model = dataclasses.replace(model, **fields)
+        # The comparison evaluates each cell at its end; training's own last evaluation is one window here.
+        evaluate = dataclasses.replace(self.evaluate, contexts=self.scored_contexts[:1], tokens=1)
+        if self.evaluate.every:
+            evaluate = dataclasses.replace(self.evaluate, contexts=(min(cell.length, self.scored_contexts[-1]),))
+        return Recipe(
+            data=self.data, model=model, optim=self.optim, train=train, evaluate=evaluate, checkpoint=self.checkpoint
+        )
+
+    def shared_tables(self, data: TokenData) -> Tables:
+        """Return what decides the results of every cell, filled in; which cells there are is not part of it."""
+        tables = self.for_cell(Cell("dilated", min(self.compare.lengths)), data).resolve(data)
+        for key in ("attention", "sparse_block", "sparse_summary", "sparse_stride"):
+            tables["model"].pop(key, None)
+            if getattr(self.model, key) is not None:
+                tables["model"][key] = getattr(self.model, key)
+        for key in ("tokens", "batch_sequences", "accumulate"):
+            tables["train"][key] = getattr(self.train, key)
+        tables["evaluate"] = {"tokens": self.evaluate.tokens}
+        tables["compare"] = {"contexts": list(self.scored_contexts)}
+        if self.compare.sparse_block is not None:
+            tables["compare"]["sparse_block"] = self.compare.sparse_block
+        return tables
+
+
+def matching_pattern(config: LongNetConfig, tokens: int, block: int | None) -> SparseFixedPattern:
+    """Return a fixed pattern whose causal FLOPs are those of the dilated one, or near (arXiv:2307.02486 §4.1).
+
+    The stride is the block, as in the paper, where that comes within 5 %; else one of its doublings that does, or that
+    comes nearest: at lengths of many blocks a summary of each would cost more than dilated attention in all.
+
+    Args:
+        config: with the dilated pattern.
+        tokens: at this length.
+        block: of the fixed pattern; the shortest segment when None. Halved where no pattern comes within a fifth.
+
+    Raises:
+        ValueError: none does.
+    """
+    heads = config.num_key_value_heads or 1
+    wanted = config.pattern.flops(tokens=tokens, num_heads=heads, head_dim=1, is_causal=True)
+
+    def cost(pattern: SparseFixedPattern) -> int:
+        return pattern.flops(tokens=tokens, num_heads=heads, head_dim=1)
+
+    def distance(pattern: SparseFixedPattern) -> float:
+        return abs(cost(pattern) / wanted - 1)
+
+    first = size = block or min(config.segment_lengths)
+    while size:
+        found, stride = [], size
+        while stride <= tokens:
+            one, two = (cost(SparseFixedPattern(size, summary, stride)) for summary in (1, min(2, stride)))
+            summary = 1 + round((wanted - one) / (two - one)) if two > one else 1
+            found.append(SparseFixedPattern(size, min(stride, max(1, summary)), stride))
+            if distance(found[-1]) <= 0.05:
+                return found[-1]
+            stride *= 2
+        if found and distance(min(found, key=distance)) <= 0.2:
+            return min(found, key=distance)
+        size //= 2
+    raise ValueError(
+        f"no fixed pattern of blocks of up to {first} tokens costs within a fifth of what {config.pattern} does at "
+        f"{tokens:,} tokens; attention to all tokens may cost less: leave the cell out with compare.cells"
+    )

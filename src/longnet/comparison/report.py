@@ -1,0 +1,189 @@
+"""The comparison's report: the paper's Table 2 and Figures 6 and 7b, cost, and what holds (arXiv:2307.02486 §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from longnet.comparison.cell import CellResult
+from longnet.comparison.compare import Outcome
+from longnet.comparison.config import SYSTEMS
+from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.findings import (
+    describe_contexts,
+    describe_lengths,
+    describe_limits,
+    describe_systems,
+    describe_use_of_context,
+)
+from longnet.comparison.timing import Timing
+from longnet.evaluation.record import position_curve
+from longnet.measurement import ratio
+from longnet.plots import Curve, draw_curves, name_length
+from longnet.training.config import to_toml
+
+
+def write_report(outcome: Outcome, output: Path) -> Path:
+    """Write OUT/report.md, its pictures in OUT/figures, and OUT/report.html, which needs nothing else; return that."""
+    document = Document("The same model with three attentions, by training length and context")
+    results = sorted(outcome.results, key=lambda result: (list(SYSTEMS).index(result.attention), result.length))
+    if results:
+        _describe(document, results, outcome.timing, output / "figures")
+    else:
+        document.add(Text("No cell is finished."))
+    if outcome.failures:
+        document.add(Heading("Cells that failed"))
+        document.add(Points([f"{cell.title}: {reason}" for cell, reason in outcome.failures.items()]))
+        document.add(Text("The same command tries them again."))
+    document.add(Heading("Recipe"), Code(to_toml(outcome.tables)))
+    write_text(document.to_markdown(output), output / "report.md")
+    write_text(document.to_html(), output / "report.html")
+    return output / "report.html"
+
+
+def _describe(document: Document, results: Sequence[CellResult], timing: Timing | None, figures: Path) -> None:
+    first = results[0]
+    contexts = [part.context for part in first.contexts]
+    document.add(
+        Text(
+            f"Each cell trains the same model of {first.parameters['total']:,} parameters "
+            f"({first.parameters['embedding']:,} of them embeddings) on {first.tokens:,} tokens, "
+            f"{first.steps:,} steps of {first.tokens // first.steps:,}, and is scored on the same "
+            f"{first.contexts[0].tokens:,} validation tokens at every context length. “±” is one standard error, over "
+            f"{len(first.contexts[0].by_unit)} windows of {contexts[-1]:,} tokens; differences are paired by window, "
+            "and called clear from two standard errors on."
+        ),
+        Heading("What holds"),
+        Points([*describe_use_of_context(results), *describe_systems(results), *describe_lengths(results, contexts)]),
+        Heading("Perplexity by training length and context (Table 2 of the paper)"),
+        _perplexities(results, contexts),
+        Text("* longer than the training sequences."),
+        Points(describe_contexts(results)),
+    )
+    document.add(*_pictures(results, contexts, figures), Heading("Cost"), _costs(results, timing))
+    document.add(Points(_cost_notes(results, timing)))
+    document.add(Heading("What this cannot show"), Points(describe_limits(results)))
+    document.add(Heading("Where and with what"), _origins(results))
+
+
+def _perplexities(results: Sequence[CellResult], contexts: Sequence[int]) -> Table:
+    rows = []
+    for result in results:
+        cells = []
+        for part in result.contexts:
+            mark = "*" if part.context > result.length else ""
+            error = "" if part.standard_error is None else f" ± {part.perplexity * part.standard_error:.3f}"
+            cells.append(f"{part.perplexity:.3f}{error}{mark}")
+        rows.append([SYSTEMS[result.attention], name_length(result.length), str(result.batch_sequences), *cells])
+    return Table(["system", "training length", "batch", *map(name_length, contexts)], rows)
+
+
+def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: Path) -> list[Heading | Picture]:
+    figures.mkdir(parents=True, exist_ok=True)
+    lengths = sorted({result.length for result in results})
+    style = {length: index for index, length in enumerate(lengths)}
+    longest = contexts[-1]
+
+    def at_own_length(result: CellResult) -> float:
+        within = [part for part in result.contexts if part.context <= result.length] or result.contexts[:1]
+        return within[-1].perplexity
+
+    systems = {
+        attention: [result for result in results if result.attention == attention]
+        for attention in SYSTEMS
+        if any(result.attention == attention for result in results)
+    }
+    paths = {name: figures / f"{name}.png" for name in ("flops", "context", "training", "position")}
+    draw_curves(
+        [Curve(SYSTEMS[kind], [result.total_flops for result in own], [at_own_length(result) for result in own],
+               kind=kind, names=[name_length(result.length) for result in own]) for kind, own in systems.items()],
+        paths["flops"], x="FLOPs of the whole training", y="perplexity at the training length", scale="log",
+    )  # fmt: skip
+    draw_curves(
+        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, result.attention,
+               style[result.length])
+         for result in results],
+        paths["context"], x="context length (tokens)", y="loss (nats per token)",
+    )  # fmt: skip
+    draw_curves(
+        [Curve(result.cell.title, [tokens for tokens, _ in result.losses], [loss for _, loss in result.losses],
+               kind=result.attention, style=style[result.length]) for result in results],
+        paths["training"], x="training tokens", y="training loss (nats per token)", scale="linear",
+    )  # fmt: skip
+    draw_curves(
+        [replace(position_curve(result.at(longest), result.cell.title, result.attention, style[result.length]),
+                 error=None) for result in results],
+        paths["position"], x="position in the window (tokens)", y="loss (nats per token)",
+    )  # fmt: skip
+    captions = {
+        "flops": "Perplexity at each cell's training length against the FLOPs of its training, counted; a line joins "
+        "the training lengths of a system (Figure 6 of the paper).",
+        "context": "Loss on the same tokens against the context length (Figure 7b of the paper).",
+        "position": f"Loss by position, in windows of {longest:,} tokens: how much each token gains from those before.",
+        "training": "Training loss.",
+    }
+    return [Heading("Pictures"), *(Picture(paths[name], caption) for name, caption in captions.items())]
+
+
+def _costs(results: Sequence[CellResult], timing: Timing | None) -> Table:
+    head = ["cell", "FLOPs a step", "attention, of that", "FLOPs in all", "attention / dense", "seconds in steps",
+            "peak memory, MB", "before the model, MB"]  # fmt: skip
+    rows = []
+    for result in results:
+        flops = result.flops
+        row = [
+            result.cell.title,
+            f"{flops['counted']:.4e}",
+            f"{flops['attention'] / flops['counted']:.1%}",
+            f"{result.total_flops:.4e}",
+            f"{flops['attention_per_token'] / flops['dense_attention_per_token']:.3f}",
+            f"{result.seconds:,.1f}",
+            f"{result.peak_bytes / 1e6:,.0f}",
+            f"{result.start_bytes / 1e6:,.0f}",
+        ]
+        if timing is not None:
+            other = _baseline(results, result)
+            share = ratio(timing.of(result.cell.name), timing.of(other.cell.name))
+            row += [f"{timing.median(result.cell.name):.3f}", f"{share:.3f}"]
+        rows.append(row)
+    if timing is not None:
+        head += ["seconds a step, in turn", f"ratio to {SYSTEMS[results[0].attention]}"]
+    return Table(head, rows)
+
+
+def _baseline(results: Sequence[CellResult], result: CellResult) -> CellResult:
+    """Return the cell of the first system at the same length; the very first where there is none."""
+    same = [other for other in results if other.length == result.length and other.attention == results[0].attention]
+    return same[0] if same else results[0]
+
+
+def _cost_notes(results: Sequence[CellResult], timing: Timing | None) -> list[str]:
+    notes = [
+        "FLOPs are those of matrix products, forward and backward, as they are executed (flash attention computes the "
+        "scores twice): counted by torch.utils.flop_counter for the blocks and for dilated and fixed sparse attention, "
+        "in closed form for the loss and for dense attention, of which the pairs that the causal mask hides are left "
+        "out. The counter and the closed form agree in every cell.",
+        "“Seconds in steps” is wall-clock time with whatever else the machine was doing. Peak memory is that of the "
+        "cell's own process while it trained, libraries included.",
+    ]
+    if timing is not None:
+        notes.append(
+            f"“Seconds a step, in turn”: median of {len(timing.seconds[0])} rounds, in each of which a step of every "
+            f"cell ran, one after the other, in one process. The ratio is the median over rounds, against "
+            f"{_baseline(results, results[-1]).cell.title.partition(',')[0]} at the same length where it is there."
+        )
+    return notes
+
+
+def _origins(results: Sequence[CellResult]) -> Table:
+    head = ["cell", "pattern", "commit", "torch", "device", "threads", "seed", "data"]
+    rows = [
+        [
+            result.cell.title, result.pattern, str(about["commit"]), str(about["torch"]), str(about["device"]),
+            str(about["threads"]), str(result.seed), str(about["data"])[:12],
+        ]
+        for result in results
+        for about in [result.provenance]
+    ]  # fmt: skip
+    return Table(head, rows)

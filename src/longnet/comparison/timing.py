@@ -1,0 +1,91 @@
+"""Seconds of a training step of each cell, in turn, in one process: their ratios hold on a machine that others use."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longnet.comparison.config import Cell, ComparisonRecipe
+from longnet.comparison.document import write_text
+from longnet.data.loader import Windows
+from longnet.data.shards import TokenData
+from longnet.measurement import interleaved, provenance
+from longnet.model import LongNetForCausalLM
+from longnet.training.loop import accumulate_gradients, find_device
+from longnet.training.optim import gradient_norm, make_optimizer, update
+
+TIMING = "timing.json"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step, by cell and round, the rounds of all cells side by side."""
+
+    cells: list[str]
+    seconds: list[list[float]]
+
+    def median(self, cell: str) -> float:
+        """Return the median seconds of a step of a cell."""
+        return statistics.median(self.seconds[self.cells.index(cell)])
+
+    def of(self, cell: str) -> list[float]:
+        """Return the seconds of a cell's rounds."""
+        return self.seconds[self.cells.index(cell)]
+
+
+def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
+    """Time a step of each cell, forward, backward and update, on the same weights and as many tokens.
+
+    torch.compile, where the recipe asks for it, is left out.
+    """
+    data = TokenData.open(recipe.data.path)
+    device = find_device(recipe.train.device)
+    torch.manual_seed(recipe.train.seed)
+    model: Any = LongNetForCausalLM(recipe.for_cell(cells[0], data).model_config(data))
+    model.to(device).train()
+    optimizer = make_optimizer(model, recipe.optim)
+    if recipe.train.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(cell: Cell, input_ids: Tensor, targets: Tensor, sparse: tuple[int | None, ...], parts: int) -> None:
+        model.set_attn_implementation(cell.attention)
+        model.config.sparse_block, model.config.sparse_summary, model.config.sparse_stride = sparse
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.train.dtype == "bfloat16")
+        accumulate_gradients(model, input_ids, targets, parts=parts, autocast=autocast)
+        update(optimizer, lr=1e-6, clip=recipe.optim.clip, norm=gradient_norm(model))
+
+    cases = []
+    for cell in cells:
+        settings = recipe.for_cell(cell, data)
+        windows = Windows(data.train, cell.length, seed=settings.train.seed)
+        input_ids, targets = (part.to(device) for part in windows.batch(0, settings.train.batch_sequences))
+        config = settings.model_config(data)
+        sparse = (config.sparse_block, config.sparse_summary, config.sparse_stride)
+        cases.append(functools.partial(step, cell, input_ids, targets, sparse, settings.train.accumulate))
+    return Timing([cell.name for cell in cells], interleaved(cases, recipe.compare.rounds, device))
+
+
+def save_timing(recipe: ComparisonRecipe, cells: Sequence[Cell], output: Path) -> int:
+    """Measure and write OUT/timing.json; return 0."""
+    timing = measure_steps(recipe, cells)
+    row = {"cells": timing.cells, "seconds": timing.seconds, **provenance(find_device(recipe.train.device))}
+    write_text(json.dumps(row, indent=1) + "\n", output / TIMING)
+    return 0
+
+
+def load_timing(output: Path, cells: Sequence[Cell]) -> Timing | None:
+    """Return the timing of these cells, None where there is none."""
+    if not (output / TIMING).is_file():
+        return None
+    row = json.loads((output / TIMING).read_text())
+    if set(row["cells"]) != {cell.name for cell in cells}:
+        return None
+    return Timing(row["cells"], row["seconds"])

@@ -1,0 +1,93 @@
+"""What a measurement is worth: where it ran, how long it took, how much memory, and ratios that hold."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return the machine, versions, commit and time that every figure carries."""
+    return {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def interleaved(cases: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Return the seconds of each case in each of `repeats` rounds; a round runs every case once.
+
+    Shared machines drift; within a round the cases meet the same machine, so the median of their ratios holds. A first
+    round is not counted.
+    """
+    seconds: list[list[float]] = [[] for _ in cases]
+    for _ in range(1 + repeats):
+        for case, times in zip(cases, seconds, strict=True):
+            times.append(_seconds(case, device))
+    return [times[1:] for times in seconds]
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median over rounds of the ratio of two cases."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def peak_bytes(device: torch.device, *, reset: bool = False) -> int:
+    """Return the most memory that this process has held: on a GPU, or in main memory where it computes there.
+
+    Args:
+        device: where it computes.
+        reset: begin anew, from what is held now.
+    """
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:  # Linux: getrusage would count what the parent process once held
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
+
+
+def _seconds(case: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    case()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _commit() -> str:
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return f"longnet-torch {importlib.metadata.version('longnet-torch')}"
+    return commit.stdout.strip()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names) or 'some'} cores"

@@ -1,0 +1,243 @@
+"""Checkpoints: folders that are whole or not there, and finding the newest whole one.
+
+A checkpoint is written beside its place, each file synced to disk, a manifest with their SHA-256 last, and only then
+renamed into place: whatever kills the process, a folder `step-…` is complete. What damages it later (a flipped byte, a
+file cut short) the manifest shows.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+_FOLDER = "checkpoints"
+_MANIFEST = "manifest.json"
+STATE = "state.json"  # what tells a checkpoint from other Hugging Face folders
+_DOOMED = ".superseded"  # ends the names of folders that may go at any time; so does _PARTIAL
+_PARTIAL = ".partial"
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """The recipe's table `[checkpoint]`."""
+
+    every: int = 500
+    """Steps between two checkpoints; 0 writes one after the last step only. Stopping the run writes one, too."""
+
+    keep: int = 2
+    """How many of the newest checkpoints stay; older ones are deleted once a newer one is whole. 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+class Found(NamedTuple):
+    """What a run folder holds.
+
+    Attributes:
+        whole: its newest whole checkpoint, None where there is none.
+        damaged: newer ones, newest first, each with what is wrong with it.
+    """
+
+    whole: Path | None
+    damaged: list[tuple[Path, str]]
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Hold a run folder, made where it is missing, for this process; the system lets go of it when the process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{run} is in use by process {file.read().strip() or 'unknown'}: wait for it, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Write the checkpoint of a step; then delete what it supersedes. Return its folder.
+
+    Args:
+        run: the run's folder.
+        step: steps finished.
+        write: puts the files into an empty folder.
+        keep: checkpoints up to this one that stay, 0 for all.
+
+    Raises:
+        OSError: it cannot be written, a full disk for example. What was written is removed, the others are untouched.
+    """
+    folder = run / _FOLDER
+    final = folder / f"step-{step:08d}"
+    partial = folder / (final.name + _PARTIAL)
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        write(partial)
+        _seal(partial)
+        if final.exists():  # damaged, or it would have been resumed from
+            doomed = final.with_name(final.name + _DOOMED)
+            _remove(doomed)
+            final.rename(doomed)
+        partial.rename(final)
+        _sync(folder)
+        _sync(run)
+    except (OSError, SafetensorError) as error:
+        _remove(partial)
+        previous = newest_whole(run).whole
+        rest = f"the previous one, {previous}, is whole" if previous else "there is no earlier one"
+        reason = "the disk is full" if _is_disk_full(error) else str(error)
+        raise OSError(f"cannot write the checkpoint of step {step} into {folder}: {reason}; {rest}") from error
+    _delete_superseded(folder, step, keep)
+    return final
+
+
+def newest_whole(run: Path) -> Found:
+    """Look for the newest checkpoint of a run whose files are all as its manifest says, reading each."""
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(_checkpoints(run / _FOLDER)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return Found(checkpoint, damaged)
+        damaged.append((checkpoint, fault))
+    return Found(None, damaged)
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, None where it is whole."""
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_bytes())["files"]
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read ({error})"
+    for name, (expected_size, expected_sha256) in listed.items():
+        path = checkpoint / name
+        try:
+            size = path.stat().st_size
+            if size != expected_size:
+                return f"{name} has {size} bytes instead of {expected_size}"
+            if _sha256(path) != expected_sha256:
+                return f"{name} is damaged: its SHA-256 is not the manifest's"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return the Hugging Face folder of a model: a run's newest whole checkpoint, or the folder itself.
+
+    Raises:
+        FileNotFoundError: there is no model in it.
+        ValueError: a checkpoint, or all those of a run, are damaged.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        is_checkpoint = (path / _MANIFEST).exists() or (path / STATE).exists()
+        fault = find_fault(path) if is_checkpoint else None
+        if fault is not None:
+            raise ValueError(f"{path} is a damaged checkpoint: {fault}; use another checkpoint of its run")
+        return path
+    found = newest_whole(path)
+    if found.whole is not None:
+        return found.whole
+    if found.damaged:
+        raise ValueError(f"{path} holds no whole checkpoint: {describe_damage(found.damaged)}")
+    raise FileNotFoundError(
+        f"{path} holds no model: give the folder of a run that has written a checkpoint, or a Hugging Face model folder"
+    )
+
+
+def describe_damage(damaged: list[tuple[Path, str]]) -> str:
+    """Return one line that names damaged checkpoints and what is wrong with each."""
+    return "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in damaged)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Tell whether a run has written a checkpoint, whole or not."""
+    return bool(_checkpoints(run / _FOLDER))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _seal(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        else:
+            _sync(path)
+    manifest = folder / _MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    _sync(manifest)
+    _sync(folder)
+
+
+def _delete_superseded(folder: Path, step: int, keep: int) -> None:
+    # A folder is renamed before its files go, so that a half-deleted one is not taken for a checkpoint. Checkpoints of
+    # later steps are damaged ones, which this run has skipped: they go when their step is reached again.
+    earlier = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= step]
+    for checkpoint in earlier[:-keep] if keep else []:
+        doomed = checkpoint.with_name(checkpoint.name + _DOOMED)
+        _remove(doomed)
+        checkpoint.rename(doomed)
+    for path in folder.iterdir():
+        if path.name.endswith((_DOOMED, _PARTIAL)):
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors says it in words.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)

@@ -1,0 +1,241 @@
+"""The recipe of a training run: one dataclass a table, each beside its owner, composed here.
+
+No annotation is a string here, since cyclopts looks those of a class that extends Recipe up in the extension's module.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from longnet.evaluation.perplexity import EvaluateConfig
+from longnet.model.configuration import LongNetConfig
+from longnet.model.interface import sparse_pattern_of
+from longnet.training.checkpoint import CheckpointConfig
+from longnet.training.optim import OptimConfig
+
+if TYPE_CHECKING:
+    from longnet.data.shards import TokenData
+
+Attention = Literal["dilated", "sdpa", "sparse_fixed"]
+Tables = dict[str, dict[str, Any]]
+
+# What may differ between a run and its resumption: where things lie and what is told, nothing that is learned.
+_FREE = {"data.path", "train.device", "train.log_every", "train.tensorboard", "train.max_skipped"}
+_FREE_TABLES = {"evaluate", "sample", "checkpoint"}
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The recipe's table `[data]`."""
+
+    path: Path
+    """Folder of tokens, which `longnet prepare` wrote; relative to where the command is started."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The recipe's table `[train]`."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+
+    tokens: int = 2048
+    """Length of a training sequence, in tokens."""
+
+    batch_sequences: int = 8
+    """Sequences of a step. The order of the tokens depends on this and on the seed, on nothing else."""
+
+    accumulate: int = 1
+    """Into how many parts, one after the other, a step's sequences are divided: more parts, less memory, the same
+    result but for rounding. A divisor of batch_sequences."""
+
+    seed: int = 0
+    """Of the initial weights, of the order of the data and of dropout."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation: bfloat16 is autocast. Weights and the optimizer's state are float32 in either case."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: a minute at the start, then faster, on GPUs above all."""
+
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: slower, in far less memory."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    tensorboard: bool = False
+    """Write TensorBoard files beside metrics.jsonl (extra `tensorboard`)."""
+
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, after which the run ends; each changes no weight."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("steps", "tokens", "batch_sequences", "accumulate", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+        if self.batch_sequences % self.accumulate:
+            raise ValueError(
+                f"train.accumulate must divide train.batch_sequences = {self.batch_sequences}, got {self.accumulate}"
+            )
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """The recipe's table `[sample]`: text that the model writes while it learns."""
+
+    every: int = 0
+    """Steps between two samples; 0 writes none."""
+
+    prompt: str = ""
+    """Text to continue; empty begins a document."""
+
+    tokens: int = 200
+    """Tokens to write, at most."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name, least in (("every", 0), ("tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"sample.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def _arguments_of(docstring: str | None) -> str:
+    found = re.search(r"^ *Args:\n(.*?)(?=\n\n)", docstring or "", re.DOTALL | re.MULTILINE)
+    arguments = found.group(1) if found else ""
+    for name, rule in (
+        ("vocab_size", "V; the data's when None."),
+        ("eos_token_id", "ends generation; the data's when None."),
+    ):
+        arguments = re.sub(rf"(?m)^( *{name}: ).*$", rf"\g<1>{rule}", arguments)
+    return arguments
+
+
+if TYPE_CHECKING:
+
+    @dataclass(kw_only=True)
+    class ModelConfig:
+        """What type checkers know of the class below."""
+
+        preset: str | None = None
+        attention: Attention = "dilated"
+else:
+    # The fields of LongNetConfig are these, with their types and descriptions, None where the recipe leaves one out.
+    ModelConfig = dataclasses.make_dataclass(
+        "ModelConfig",
+        [
+            ("preset", str | None, None),
+            ("attention", Attention, "dilated"),
+            *((name, hint | None, None) for name, hint in LongNetConfig.__annotations__.items()),
+        ],
+        kw_only=True,
+    )
+    ModelConfig.__module__ = __name__
+    ModelConfig.__doc__ = f"""The recipe's table `[model]`: a size with a name, or LongNetConfig's fields, or both.
+
+    Args:
+        preset: a size with a name ("tiny", "5m", "25m", "125m", "350m", "760m", "2.7b"), whose fields hold where the
+            recipe gives no others; the paper's 125M model when None.
+        attention: "dilated" is LongNet, "sdpa" the dense Transformer, "sparse_fixed" the Sparse Transformer.
+{_arguments_of(LongNetConfig.__doc__)}
+
+    """
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What a training run is: tables of settings, as in the recipe's TOML file."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def model_config(self, data: "TokenData") -> LongNetConfig:
+        """Return the configuration of the model, whose vocabulary and end token are the data's unless given.
+
+        Raises:
+            ValueError: fields that make no model, or a vocabulary smaller than the data's.
+        """
+        given = {name: value for name, value in dataclasses.asdict(self.model).items() if value is not None}
+        preset, attention = given.pop("preset", None), given.pop("attention")
+        given = {"vocab_size": data.vocab_size, "eos_token_id": data.end_of_text, **given}
+        if given["vocab_size"] < data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {given['vocab_size']} is too small for {self.data.path}, whose vocabulary has "
+                f"{data.vocab_size} tokens: leave vocab_size out, or give at least {data.vocab_size}"
+            )
+        given["attn_implementation"] = attention
+        try:
+            config = LongNetConfig(**given) if preset is None else LongNetConfig.preset(preset, **given)
+            if attention == "sparse_fixed":
+                sparse_pattern_of(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"[model]: {error}") from error
+        return config
+
+    def resolve(self, data: "TokenData") -> Tables:
+        """Return the tables of the recipe with every value filled in, the model's and the evaluation's too."""
+        config = self.model_config(data)
+        names = [item.name for item in dataclasses.fields(Recipe)]  # what a subclass adds is not training's
+        tables: Tables = {name: _plain(dataclasses.asdict(getattr(self, name))) for name in names}
+        model = {name: getattr(config, name) for name in LongNetConfig.__annotations__}
+        tables["model"] = _plain({"attention": self.model.attention, **model})
+        tables["evaluate"]["contexts"] = list(self.contexts)
+        return tables
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths of evaluations."""
+        return self.evaluate.contexts or (self.train.tokens,)
+
+
+def differences(old: Tables, new: Tables) -> list[str]:
+    """Return the dotted keys of a resolved recipe that may not change when a run is resumed, and did.
+
+    Where the learning rate does not depend on the number of steps (schedule "constant"), that may change.
+    """
+    changed = []
+    for table in sorted((old.keys() | new.keys()) - _FREE_TABLES):
+        before, after = old.get(table, {}), new.get(table, {})
+        changed += [
+            f"{table}.{key}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and f"{table}.{key}" not in _FREE
+        ]
+    if "train.steps" in changed and old["optim"]["schedule"] == "constant":
+        changed.remove("train.steps")
+    return changed
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return tables of plain values as TOML."""
+    lines = []
+    for name, table in tables.items():
+        # A JSON string, number, boolean or list of them is TOML's, too.
+        lines += [
+            f"[{name}]",
+            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
+    }

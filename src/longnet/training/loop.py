@@ -1,0 +1,394 @@
+"""The whole story of a training run, in order: data, model, optimizer, steps, metrics, checkpoints, evaluation.
+
+A run is a pure function of its recipe and its data (on one machine): the batch of a step of (seed, step), the weights
+of the batches before. So a checkpoint holds all there is, and a run that was killed continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from longnet.data.loader import Windows
+from longnet.data.shards import TokenData
+from longnet.evaluation.generation import Sampling, generate_text
+from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
+from longnet.model import LongNetForCausalLM
+from longnet.model.cost import training_flops
+from longnet.training.checkpoint import (
+    describe_damage,
+    has_checkpoints,
+    lock_run,
+    newest_whole,
+    save_checkpoint,
+)
+from longnet.training.config import Recipe, Tables, TrainConfig, differences, to_toml
+from longnet.training.metrics import Metrics, Screen, describe, peak_flops, peak_memory
+from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
+from longnet.training.state import State, changed_machine, read_record, restore, write_state
+
+
+class Summary(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        step: steps finished.
+        tokens: trained on.
+        loss: of the last step, in nats per token; None where no step counted.
+        seconds: spent in steps, those of earlier processes too.
+        model_folder: the last checkpoint, a Hugging Face model folder.
+        stopped_by: the signal that stopped the run before its last step, None where it is finished.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    seconds: float
+    model_folder: Path
+    stopped_by: signal.Signals | None
+
+
+def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool = True) -> Summary:
+    """Train a model and leave it, with metrics and checkpoints, in a run folder.
+
+    SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one interrupts at once. Seeds
+    the random numbers of Python and torch.
+
+    Args:
+        recipe: everything that decides the result.
+        output: the run's folder, RUN.
+        resume: continue from its newest whole checkpoint, or begin where it has none. Damaged ones are named on
+            stderr and skipped.
+        progress: show progress on stdout.
+
+    Raises:
+        ValueError: a recipe, data or folder that does not do; a loss that stays without a finite value.
+        OSError: data are missing, or the disk is full.
+    """
+    data = TokenData.open(recipe.data.path)
+    tables = recipe.resolve(data)
+    windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
+    if data.validation.tokens or recipe.evaluate.every:
+        unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what could not be evaluated
+    device = find_device(recipe.train.device)
+    with lock_run(output):
+        checkpoint = _starting_point(output, data, tables, resume=resume)
+        random.seed(recipe.train.seed)
+        torch.manual_seed(recipe.train.seed)
+        model = LongNetForCausalLM(recipe.model_config(data))  # made on the CPU: the same weights everywhere
+        model.train().to(device)
+        optimizer = make_optimizer(model, recipe.optim)
+        state = State()
+        if checkpoint is not None:
+            state = restore(checkpoint, read_record(checkpoint), model, optimizer)
+        _write(output / "recipe.toml", to_toml(tables))
+        screen = Screen(steps=recipe.train.steps, step=state.step, wanted=progress)
+        metrics = Metrics(output, step=state.step, tensorboard=recipe.train.tensorboard)
+        with contextlib.closing(metrics), screen, _Stop() as stop:
+            run = _Run(
+                recipe, output, data, tables, windows, model, optimizer, state, screen, metrics, stop, checkpoint
+            )
+            return run.run()
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that a recipe names: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" on a machine without a GPU that torch can use.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "train.device = 'cuda', but torch finds no GPU on this machine: use --train.device auto (a CPU, then), "
+            "or a CUDA build of torch where there is one"
+        )
+    return torch.device(name)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    parts: int,
+    autocast: contextlib.AbstractContextManager[object],
+) -> Tensor:
+    """Add the gradient of the mean loss over all targets to the weights' `grad`; return that loss.
+
+    Args:
+        model: a causal language model that takes shift_labels and num_items_in_batch.
+        input_ids: (B, T).
+        targets: (B, T); targets[:, t] follows input_ids[:, t].
+        parts: into how many runs of sequences B is divided, each going forward and backward by itself.
+        autocast: entered for each forward pass.
+    """
+    total = torch.zeros((), device=input_ids.device)
+    for part_ids, part_targets in zip(input_ids.chunk(parts), targets.chunk(parts), strict=True):
+        with autocast:
+            # Divided by the targets of all parts, so that the parts add up to the mean of the whole batch.
+            loss = model(input_ids=part_ids, shift_labels=part_targets, num_items_in_batch=targets.numel()).loss
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    output: Path
+    data: TokenData
+    tables: Tables
+    windows: Windows
+    model: LongNetForCausalLM
+    optimizer: torch.optim.Optimizer
+    state: State
+    screen: Screen
+    metrics: Metrics
+    stop: _Stop
+    checkpoint: Path | None
+
+    def run(self) -> Summary:
+        """Take the steps that are left."""
+        train, state = self.recipe.train, self.state
+        self.device = self.model.device
+        dtype = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+        self.flops = training_flops(self.model, self.model.config, tokens=train.tokens) * train.batch_sequences
+        self.peak = peak_flops(self.device, dtype) if state.step < train.steps else None
+        self.trained = self._prepared(train)
+        self._announce()
+        if state.step:
+            self._report()  # what a killed process had not come to
+        mark = (state.step, state.seconds)  # since when the figures of a line of metrics count
+        while state.step < train.steps:
+            started = time.perf_counter()
+            lr, norm = self._step()
+            state.seconds += time.perf_counter() - started
+            if state.step % train.log_every == 0 or state.step == train.steps:
+                self._log(lr, norm, mark)
+                mark = (state.step, state.seconds)
+            self.screen.advance(state.step)
+            every = self.recipe.checkpoint.every
+            if state.step == train.steps or self.stop.signal or (every and state.step % every == 0):
+                self._save()
+            if self.stop.signal and state.step < train.steps:
+                break
+            self._report()
+        return self._summary()
+
+    def _step(self) -> tuple[float, float]:
+        """Train on one batch; return the learning rate and the norm of the gradient."""
+        train, optim, state = self.recipe.train, self.recipe.optim, self.state
+        input_ids, targets = (part.to(self.device) for part in self.windows.batch(state.step, train.batch_sequences))
+        total = accumulate_gradients(self.trained, input_ids, targets, parts=train.accumulate, autocast=self.autocast)
+        gradient = gradient_norm(self.model)
+        loss, norm = torch.stack([total, gradient.to(total)]).tolist()
+        lr = learning_rate(optim, state.step, train.steps)
+        state.step += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            update(self.optimizer, lr=lr, clip=optim.clip, norm=gradient)
+            state.loss, state.skipped_in_a_row = loss, 0
+            state.losses.append(loss)
+        else:
+            self._skip(loss, norm)
+        return lr, norm
+
+    def _skip(self, loss: float, norm: float) -> None:
+        # Neither weights nor moments have been touched: the optimizer was not called.
+        train, state = self.recipe.train, self.state
+        self.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        found = f"loss {loss}, norm of the gradient {norm}"
+        self.metrics.write("skipped", state.step, found=found, skipped=state.skipped)
+        self.screen.warn(f"step {state.step} is skipped, the weights stay as they are: {found}")
+        if state.skipped_in_a_row >= train.max_skipped:
+            raise ValueError(
+                f"{state.skipped_in_a_row} steps in a row without a finite loss and gradient, up to step {state.step}: "
+                "lower optim.lr or optim.clip, lengthen optim.warmup_steps, or use train.dtype = 'float32'"
+            )
+
+    def _log(self, lr: float, norm: float, mark: tuple[int, float]) -> None:
+        train, state = self.recipe.train, self.state
+        steps, seconds = state.step - mark[0], state.seconds - mark[1]
+        row = {
+            "loss": math.fsum(state.losses) / len(state.losses) if state.losses else None,
+            "lr": lr,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "tokens": state.step * train.batch_sequences * train.tokens,
+            "skipped": state.skipped,
+            "seconds": state.seconds,
+            "tokens_per_s": steps * train.batch_sequences * train.tokens / seconds,
+            "mfu": None if self.peak is None else steps * self.flops / seconds / self.peak,
+            "memory": peak_memory(self.device),
+        }
+        state.losses.clear()
+        self.metrics.write("train", state.step, **row)
+        self.screen.show(state.step, describe(row, (train.steps - state.step) * seconds / steps))
+
+    def _save(self) -> None:
+        def write(folder: Path) -> None:
+            write_state(
+                folder,
+                self.state,
+                self.model,
+                self.optimizer,
+                recipe=self.tables,
+                fingerprint=self.data.fingerprint,
+                tokenizer=self.data.tokenizer_folder,
+            )
+
+        self.metrics.sync()  # a checkpoint's lines are on disk before it is
+        keep = self.recipe.checkpoint.keep
+        self.checkpoint = save_checkpoint(self.output, self.state.step, write, keep=keep)
+
+    def _report(self) -> None:
+        """Evaluate and write samples where they are due and not done."""
+        evaluate, sample, step = self.recipe.evaluate, self.recipe.sample, self.state.step
+        is_last = step == self.recipe.train.steps
+        is_due = is_last or (evaluate.every and step % evaluate.every == 0)
+        if is_due and self.data.validation.tokens and not self.metrics.has("evaluate", step):
+            self._evaluate()
+        is_due = sample.every and (is_last or step % sample.every == 0)
+        if is_due and not self.metrics.has("sample", step):
+            self._sample()
+
+    def _evaluate(self) -> None:
+        evaluate = self.recipe.evaluate
+        with self.autocast:
+            results = evaluate_contexts(
+                self.model,
+                self.data.validation,
+                self.recipe.contexts,
+                token_bytes=self.data.token_bytes,
+                tokens=evaluate.tokens,
+                batch_tokens=evaluate.batch_tokens,
+                device=self.device,
+            )
+        rows = [
+            {
+                "context": result.context,
+                "tokens": result.tokens,
+                "loss": _finite(result.loss),
+                "perplexity": _finite(result.perplexity),
+                "bits_per_byte": _finite(result.bits_per_byte),
+            }
+            for result in results
+        ]
+        self.metrics.write("evaluate", self.state.step, contexts=rows)
+        figures = "  ".join(
+            f"{result.context}: {result.perplexity:.3f} ({result.bits_per_byte:.3f} bits/byte)" for result in results
+        )
+        self.screen.say(f"step {self.state.step}  perplexity by context  {figures}")
+
+    def _sample(self) -> None:
+        sample = self.recipe.sample
+        tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_folder)
+        with self.autocast:
+            text = generate_text(self.model, tokenizer, sample.prompt, Sampling(tokens=sample.tokens))
+        self.metrics.write("sample", self.state.step, prompt=sample.prompt, text=text)
+        self.screen.say(f"step {self.state.step}  sample  {sample.prompt!r} → {text!r}")
+
+    def _prepared(self, train: TrainConfig) -> nn.Module:
+        if train.checkpoint_activations:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        # The compiled module is the same one with a faster call; evaluation, whose shapes vary, calls the plain one.
+        return cast("nn.Module", torch.compile(self.model)) if train.compile else self.model
+
+    def _announce(self) -> None:
+        train, state = self.recipe.train, self.state
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.screen.say(
+            f"{parameters:,} parameters, attention {self.recipe.model.attention}, {train.steps:,} steps of "
+            f"{train.batch_sequences} × {train.tokens:,} tokens, {train.dtype} on {self.device.type}"
+        )
+        if state.step:
+            what = "is finished" if state.step >= train.steps else "continues"
+            self.screen.say(f"{self.output} {what} at step {state.step:,}")
+
+    def _summary(self) -> Summary:
+        train, state = self.recipe.train, self.state
+        tokens = state.step * train.batch_sequences * train.tokens
+        stopped_by = self.stop.signal if state.step < train.steps else None
+        # The last step, a signal and a finished run all leave a checkpoint.
+        return Summary(state.step, tokens, state.loss, state.seconds, cast("Path", self.checkpoint), stopped_by)
+
+
+class _Stop:
+    """Takes note of SIGINT and SIGTERM while it is entered; the second one has its usual effect."""
+
+    signal: signal.Signals | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+
+def _starting_point(output: Path, data: TokenData, tables: Tables, *, resume: bool) -> Path | None:
+    """Return the checkpoint to continue from, None to begin; refuse what would mix two runs."""
+    if not has_checkpoints(output):
+        return None
+    if not resume:
+        raise ValueError(
+            f"{output} holds the checkpoints of a run: continue it with --resume, or choose another folder"
+        )
+    found = newest_whole(output)
+    screen = Screen(steps=0, step=0, wanted=False)
+    if found.whole is None:
+        raise ValueError(
+            f"no checkpoint of {output} is whole ({describe_damage(found.damaged)}): take another folder to begin anew"
+        )
+    if found.damaged:
+        screen.warn(f"damaged: {describe_damage(found.damaged)}; {found.whole.name} is used instead")
+    record = read_record(found.whole)
+    if record["data"] != data.fingerprint:
+        raise ValueError(f"{output} was trained on other data than {data.folder}: resume it with its own")
+    changed = differences(record["recipe"], tables)
+    if changed:
+        before, now = record["recipe"], tables
+        pairs = [key.partition(".")[::2] for key in changed]
+        told = ", ".join(f"{t}.{k} ({before[t].get(k)} → {now[t].get(k)})" for t, k in pairs)
+        raise ValueError(
+            f"{output} cannot be resumed with another recipe: {told}; set these back, or begin another run"
+        )
+    if record["progress"]["step"] > tables["train"]["steps"]:
+        raise ValueError(f"{output} has finished {record['progress']['step']} steps already: raise train.steps")
+    moved = changed_machine(record, find_device(tables["train"]["device"]))
+    if moved:
+        screen.warn(f"{output} continues on another machine ({', '.join(moved)}): rounding may differ from here on")
+    return found.whole
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

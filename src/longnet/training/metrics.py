@@ -1,0 +1,208 @@
+"""What a run tells: JSON lines, TensorBoard, the screen; and the figures of the machine that it tells about."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_UNSCALED = ("kind", "step", "text")  # no scalars for TensorBoard
+
+
+class Metrics:
+    """Lines of metrics in RUN/metrics.jsonl and, where asked, TensorBoard files.
+
+    Each line is an object with `kind` ("train", "skipped", "evaluate", "sample") and `step`, the steps finished then.
+    Lines of later steps than `step`, which a killed run has left and its resumption writes again, are cut away, as is
+    a line without end.
+
+    Args:
+        run: the run's folder.
+        step: steps finished.
+        tensorboard: write RUN/tensorboard, too.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self, run: Path, *, step: int, tensorboard: bool) -> None:
+        path = run / "metrics.jsonl"
+        self._writer = _tensorboard(run / "tensorboard", step) if tensorboard else None
+        self._told: set[tuple[str, int]] = set()
+        kept = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for line in file:
+                    row = _row(line)
+                    if row is None or row["step"] > step:
+                        break
+                    self._told.add((row["kind"], row["step"]))
+                    kept += len(line)
+            os.truncate(path, kept)
+        self._file = path.open("a")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append a line."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        self._told.add((kind, step))
+        if self._writer is not None:
+            for name, value in _scalars({"kind": kind, "step": step, **values}):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+            if "text" in values:
+                self._writer.add_text(kind, values["text"], step)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Tell whether there is such a line."""
+        return (kind, step) in self._told
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Screen:
+    """A progress bar on a terminal, plain lines elsewhere, nothing where not wanted; warnings in any case.
+
+    Args:
+        steps: of the whole run.
+        step: finished ones.
+        wanted: show anything.
+    """
+
+    def __init__(self, *, steps: int, step: int, wanted: bool) -> None:
+        self._console = Console(quiet=not wanted, highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._bar: Progress | None = None
+        if self._console.is_terminal and wanted:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._console)
+            self._task: TaskID = self._bar.add_task("", total=steps, completed=step)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Show on the bar, if there is one, that a step is finished."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, figures: str) -> None:
+        """Show the figures of a step: beside the bar, or as a line."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=figures)
+        else:
+            self.say(f"step {step}/{self._steps}  {figures}")
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self._console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Print a warning on stderr, wanted or not."""
+        console = self._console if self._bar is not None else Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"longnet: warning: {line}", markup=False)
+
+
+def describe(row: dict[str, Any], seconds_left: float) -> str:
+    """Return the figures of a line of kind "train" for the screen."""
+    utilisation = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+    gradient = "none" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}"
+    return (
+        f"loss {loss}  lr {row['lr']:.2e}  gradient {gradient}  {row['tokens_per_s']:,.0f} tokens/s  "
+        f"MFU {utilisation}  {row['memory'] / 2**30:.2f} GiB  {_clock(seconds_left)} left"
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the FLOPs a second of a matrix product on a device: what "utilisation" is a share of.
+
+    The best of a few products, which take some 50 ms in all; None where the device cannot multiply in this dtype.
+    """
+    size = 8192 if device.type == "cuda" else 512
+    spent: list[float] = []
+    try:
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        while len(spent) < 2 or sum(spent[1:]) < 0.05:  # the first one loads libraries
+            spent.append(_seconds(lambda: matrix @ matrix, device))
+    except RuntimeError:  # no such kernel, or no memory for it
+        return None
+    return 2 * size**3 / min(spent)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: on the GPU, or in main memory where it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") else None
+
+
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    scalars = [
+        (name, value) for name, value in row.items() if isinstance(value, (int, float)) and name not in _UNSCALED
+    ]
+    for result in row.get("contexts", []):
+        names = ("loss", "perplexity", "bits_per_byte")
+        scalars += [(f"{name}/{result['context']}", result[name]) for name in names]
+    return scalars
+
+
+def _tensorboard(folder: Path, step: int) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra, and slow to import
+    except ImportError as error:
+        raise ValueError(
+            "train.tensorboard = true needs TensorBoard: pip install 'longnet-torch[tensorboard]', or leave it out"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,24 @@
+import torch
+
+from longnet import measurement
+
+CPU = torch.device("cpu")
+
+
+def test_interleaved_runs_every_case_in_every_round():
+    calls = []
+    times = measurement.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
+    assert calls == ["a", "b"] * 3  # the first round is not counted
+    assert [len(rounds) for rounds in times] == [2, 2]
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    assert measurement.ratio([1.0, 10.0, 30.0], [1.0, 1.0, 10.0]) == 3.0  # not 10 / 1, that of the medians
+
+
+def test_peak_memory_grows_by_what_is_held_and_begins_anew():
+    before = measurement.peak_bytes(CPU, reset=True)
+    held = torch.ones(2**26)
+    assert 0.9 * 2**28 < measurement.peak_bytes(CPU) - before < 1.2 * 2**28
+    del held
+    assert measurement.peak_bytes(CPU, reset=True) - before < 2**27

@@ -1,0 +1,105 @@
+"""docs/training.md runs as it stands, with fewer steps, and its table is the recipe's dataclasses.
+
+Run as a program, this writes the table.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import longnet
+from longnet.cli.main import main
+from longnet.cli.recipe import _in_words
+from longnet.cli.train import app
+from longnet.training.config import Recipe
+
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+BEGIN = "<!-- begin settings: written by `python tests/training/test_documentation.py` -->"
+END = "<!-- end settings -->"
+SMALLER = (
+    "--train.steps 6 --train.tokens 64 --evaluate.every 3 --evaluate.contexts 16 64 --evaluate.tokens 128 "
+    "--sample.every 3 --sample.tokens 3 --checkpoint.every 3 --train.device cpu"
+)
+
+
+def settings():
+    """Return the table: a row for each key of a recipe."""
+    rows = ["| setting | is | default | |", "|---|---|---|---|"]
+    for argument in app.assemble_argument_collection(parse_docstring=True):
+        if len(argument.keys) != 2:
+            continue
+        table, key = argument.keys
+        hint = get_type_hints(get_type_hints(Recipe)[table])[key]
+        text = " ".join((argument.parameter.help or "").split()).replace("|", "\\|")
+        rows.append(f"| `{table}.{key}` | {_in_words(hint)} | {shown(argument.field_info.default)} | {text} |")
+    return "\n".join(rows)
+
+
+def shown(default):
+    if default is None:
+        return ""
+    if isinstance(default, type):
+        return "required"
+    return f"`{json.dumps(list(default) if isinstance(default, tuple) else default)}`"
+
+
+def test_the_table_is_the_recipes():
+    written = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == settings(), f"run python {Path(__file__).relative_to(PAGE.parents[1])}"
+
+
+def test_every_key_is_documented():
+    documented = {}
+    for argument in app.assemble_argument_collection(parse_docstring=True):
+        if len(argument.keys) == 2:
+            documented.setdefault(argument.keys[0], {})[argument.keys[1]] = argument.parameter.help
+    for table, kind in get_type_hints(Recipe).items():
+        for field in dataclasses.fields(kind):
+            text = documented[table][field.name]
+            assert text, f"{table}.{field.name} has no description"
+            assert text != kind.__doc__.splitlines()[0], f"{table}.{field.name} has its table's description"
+
+
+def test_the_blocks_of_the_training_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-project").symlink_to(Path(longnet.__file__).parent / "training", target_is_directory=True)
+    blocks = re.findall(r"^```(console|python|toml)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks].count("console") >= 4
+    names = {}
+    for kind, block in blocks:
+        if kind == "toml":
+            Path("first.toml").write_text(block)
+        elif kind == "python":
+            exec(compile(block, PAGE.name, "exec"), names)  # noqa: S102
+        else:
+            for line in block.splitlines():
+                command = shlex.split(line.removeprefix("$ "))
+                if command[1] == "train":
+                    stands = {word for word in command if word.startswith("--")}
+                    pairs = re.findall(r"(--\S+)((?: [^-]\S*)+)", SMALLER)
+                    command += [
+                        word for flag, values in pairs if flag not in stands for word in (flag, *values.split())
+                    ]
+                assert run(monkeypatch, command) == 0, line
+    assert list(names["losses"]) == [6]
+    printed = capsys.readouterr().out
+    assert "step 6  perplexity by context  16: " in printed
+    assert "RUN is finished at step 6" in printed
+
+
+def run(monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{settings()}\n{END}{rest.partition(END)[2]}")

@@ -1,0 +1,127 @@
+"""Killed at any instant and resumed, a run gives the bits of one that never was."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longnet.training.loop import train
+from training.runs import checkpoints, lines, tensors
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported; torch has computed nothing in their parent, which is no run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["longnet.training.loop", "transformers.models.auto.tokenization_auto"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe):
+    return make_recipe(
+        train={"steps": STEPS, "log_every": 2}, checkpoint={"every": 3, "keep": 2},
+        evaluate={"every": 8}, sample={"every": 16, "tokens": 4},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(processes, recipe, tmp_path_factory):
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "RUN"
+    process = start(processes, recipe, run)
+    process.join()
+    assert process.exitcode == 0
+    return run
+
+
+def start(context, recipe, run):
+    process = context.Process(target=train, args=(recipe, run), kwargs={"resume": True, "progress": False})
+    process.start()
+    return process
+
+
+def kill_often(context, recipe, run, kills, seed):
+    """Kill and resume; return how often the kill met a checkpoint half-written."""
+    draw = random.Random(seed)
+    half_written = done = 0
+    while done < kills:
+        process = start(context, recipe, run)
+        before = time.monotonic()
+        if done % 2:  # inside a checkpoint: a moment after its folder has appeared
+            wanted = draw.randint(1, 3)
+            seen = set()
+            while process.is_alive() and len(seen) < wanted:
+                seen |= {path.name for path in run.glob("checkpoints/*.partial")}
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.02))
+        else:
+            while process.is_alive() and not (run / "lock").exists():
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.6))
+        if not process.is_alive():
+            process.join()
+            assert process.exitcode == 0
+            break  # it came to its end first
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert time.monotonic() - before < 60
+        half_written += any(run.glob("checkpoints/*.partial"))
+        done += 1
+    process = start(context, recipe, run)
+    process.join()
+    assert process.exitcode == 0
+    return done, half_written
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.deep)])
+def test_killed_and_resumed_is_bit_identical(processes, recipe, whole, tmp_path, kills):
+    expected, weights = lines(whole), tensors(whole / "checkpoints" / f"step-{STEPS:08d}")
+    assert sum(line["kind"] == "train" for line in expected) == STEPS // 2
+    done = half_written = 0
+    for seed in range(kills):
+        run = tmp_path / f"killed-{seed}"
+        killed, hit = kill_often(processes, recipe, run, min(10, kills - done), seed)
+        done, half_written = done + killed, half_written + hit
+        assert lines(run) == expected
+        assert tensors(run / "checkpoints" / f"step-{STEPS:08d}") == weights
+        assert checkpoints(run) == checkpoints(whole)
+        if done >= kills:
+            break
+    assert done >= kills
+    assert half_written
+
+
+def test_the_command_stops_on_a_signal_and_resumes(processes, recipe, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-c",
+        "from longnet.cli.main import main; main()",
+        "train",
+        whole / "recipe.toml",
+        "-o",
+        run,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(run.glob("checkpoints/step-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step " in printed
+    stopped_at = int(printed.rpartition("after step ")[2].partition(",")[0])
+    assert 3 <= stopped_at < STEPS
+    assert f"step-{stopped_at:08d}" in checkpoints(run)
+    process = start(processes, recipe, run)
+    process.join()
+    assert process.exitcode == 0
+    assert lines(run) == lines(whole)

@@ -1,0 +1,96 @@
+"""Lines of metrics, TensorBoard, the screen, the figures of the machine."""
+
+import functools
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from longnet.training import metrics as module
+from longnet.training.loop import train
+from longnet.training.metrics import Metrics, Screen, describe, peak_flops, peak_memory
+
+ROW = {"loss": 1.25, "lr": 3e-4, "gradient_norm": 0.5, "tokens_per_s": 12345.0, "mfu": 0.251, "memory": 2**30}
+
+
+def written(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_past_the_step_and_halves_are_cut_away(tmp_path):
+    first = Metrics(tmp_path, step=0, tensorboard=False)
+    for step in (1, 2, 3):
+        first.write("train", step, loss=0.1)
+    first.write("evaluate", 2, contexts=[])
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 2, "lo')
+    again = Metrics(tmp_path, step=2, tensorboard=False)
+    assert [row["step"] for row in written(tmp_path)] == [1, 2]
+    assert again.has("train", 2)
+    assert not again.has("evaluate", 2)
+    again.write("train", 3, loss=0.2)
+    assert [row["step"] for row in written(tmp_path)] == [1, 2, 3]
+    again.close()
+    Metrics(tmp_path, step=0, tensorboard=False).close()
+    assert written(tmp_path) == []
+
+
+def test_what_is_no_number_is_no_metric(tmp_path):
+    metrics = Metrics(tmp_path, step=0, tensorboard=False)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics.write("train", 1, loss=float("nan"))
+    metrics.close()
+    assert written(tmp_path) == []
+
+
+def test_tensorboard_has_the_same_values(make_recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415  # slow
+
+    recipe = make_recipe(train={"tensorboard": True, "steps": 4}, sample={"every": 4, "tokens": 2})
+    train(recipe, tmp_path / "RUN", progress=False)
+    events = EventAccumulator(str(tmp_path / "RUN" / "tensorboard")).Reload()
+    told = [row["loss"] for row in written(tmp_path / "RUN") if row["kind"] == "train"]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(told)
+    assert [event.step for event in events.Scalars("evaluate/perplexity/32")] == [4]
+
+
+def test_lines_where_there_is_no_terminal(make_recipe, tmp_path, capsys):
+    train(make_recipe(train={"steps": 4, "log_every": 2}, sample={"every": 4, "tokens": 2}), tmp_path / "RUN")
+    shown = capsys.readouterr().out.splitlines()
+    assert "parameters, attention dilated, 4 steps of 4 × 32 tokens, float32 on cpu" in shown[0]
+    assert shown[1].startswith("step 2/4  loss ")
+    for words in ("tokens/s", "MFU", "GiB", "left"):
+        assert words in shown[1]
+    assert shown[3].startswith("step 4  perplexity by context  8: ")
+    assert shown[4].startswith("step 4  sample  '' → ")
+    train(make_recipe(), tmp_path / "quiet", progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(module, "Console", functools.partial(Console, force_terminal=True, width=120))
+    with Screen(steps=10, step=2, wanted=True) as screen:
+        screen.show(5, describe(ROW, 3725))
+        screen.advance(6)
+        screen.warn("something")
+    shown = capsys.readouterr().out
+    assert "6/10" in shown
+    assert "loss 1.2500  lr 3.00e-04  gradient 0.50  12,345 tokens/s  MFU 25.1%  1.00 GiB  1:02:05 left" in shown
+    assert "longnet: warning: something" in shown
+
+
+def test_figures_that_there_are_not():
+    assert "loss none" in describe({**ROW, "loss": None}, 1)
+    assert "MFU n/a" in describe({**ROW, "mfu": None}, 1)
+    assert "gradient none" in describe({**ROW, "gradient_norm": None}, 1)
+
+
+def test_the_machine_has_a_speed_and_a_memory():
+    peak = peak_flops(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak < 1e15
+    assert peak_flops(torch.device("cpu"), torch.bool) is None
+    held = peak_memory(torch.device("cpu"))
+    ballast = torch.ones(2**26)  # 256 MiB, written
+    assert peak_memory(torch.device("cpu")) >= max(held, ballast.numel() * 4)
