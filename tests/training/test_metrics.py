@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_lines_past_the_step_and_halves_are_cut_away(tmp_path):
     first.write("evaluate", 2, contexts=[])
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 2, "lo')
+        file.write('{"kind": "train", "step": 2, "lo')  # as a kill leaves it
     again = Metrics(tmp_path, step=2, tensorboard=False)
     assert [row["step"] for row in written(tmp_path)] == [1, 2]
     assert again.has("train", 2)
@@ -35,6 +36,14 @@ def test_lines_past_the_step_and_halves_are_cut_away(tmp_path):
     again.close()
     Metrics(tmp_path, step=0, tensorboard=False).close()
     assert written(tmp_path) == []
+
+
+def test_a_full_disk_is_told_once(tmp_path):
+    metrics = Metrics(tmp_path, step=0, tensorboard=False)
+    metrics.close()
+    told = r"cannot write .*metrics.jsonl: No space left on device; make room and resume"
+    with Path("/dev/full").open("ab", buffering=0) as metrics._file, pytest.raises(OSError, match=told):
+        metrics.write("train", 1, loss=1.0)
 
 
 def test_what_is_no_number_is_no_metric(tmp_path):

@@ -40,7 +40,11 @@ def train(
     """
     from longnet.training.loop import train as train_model
 
-    summary = train_model(settings, output, resume=resume)
+    try:
+        summary = train_model(settings, output, resume=resume)
+    except KeyboardInterrupt:  # the second one
+        print(f"stopped at once; {output} continues from its last checkpoint with --resume")
+        sys.exit(130)
     loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
     figures = f"step {summary.step:,}, {summary.tokens:,} tokens, {summary.seconds:,.0f} s, loss {loss}"
     if summary.stopped_by is not None:

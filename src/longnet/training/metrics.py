@@ -39,7 +39,7 @@ class Metrics:
     """
 
     def __init__(self, run: Path, *, step: int, tensorboard: bool) -> None:
-        path = run / "metrics.jsonl"
+        self._path = path = run / "metrics.jsonl"
         self._writer = _tensorboard(run / "tensorboard", step) if tensorboard else None
         self._told: set[tuple[str, int]] = set()
         kept = 0
@@ -52,12 +52,20 @@ class Metrics:
                     self._told.add((row["kind"], row["step"]))
                     kept += len(line)
             os.truncate(path, kept)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)  # nothing waits to be written, and fails again, when it is closed
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a line."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append a line.
+
+        Raises:
+            OSError: it cannot be written, on a full disk for example; what there is of it goes when the run is resumed.
+        """
+        line = (json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error.strerror}; make room and resume") from error
         self._told.add((kind, step))
         if self._writer is not None:
             for name, value in _scalars({"kind": kind, "step": step, **values}):
@@ -185,7 +193,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
-    return row if line.endswith(b"\n") else None
+    is_whole = line.endswith(b"\n") and isinstance(row, dict) and {"kind", "step"} <= row.keys()
+    return row if is_whole else None
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
