@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longnet import DilationPattern
@@ -32,7 +32,6 @@ def tensors(batch, heads, kv_heads, q_tokens, tokens, dim=8):
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 70),
     block=st.integers(1, 40),
@@ -122,5 +121,9 @@ def test_shapes_that_do_not_fit():
     q, k, v = tensors(1, 3, 2, 8, 8)
     with pytest.raises(ValueError, match="multiple of G"):
         sparse_fixed_attention(q, k, v, SparseFixedPattern(4, 1))
+    with pytest.raises(ValueError, match="on one device, got cpu, meta, meta"):
+        sparse_fixed_attention(k, k.to("meta"), v.to("meta"), SparseFixedPattern(4, 1))
+    with pytest.raises(ValueError, match='no backend="reference"'):
+        sparse_fixed_attention(k, k, v, SparseFixedPattern(4, 1), backend="reference")
     with pytest.raises(TypeError, match="SparseFixedPattern"):
         sparse_fixed_attention(q, k, v, DilationPattern((4,), (1,)))

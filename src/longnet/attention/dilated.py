@@ -13,7 +13,7 @@ from torch import Tensor
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
 from longnet.attention.pattern import DilationPattern, HeadOffsets
-from longnet.attention.registration import Layout, Part, cast_under_autocast, register
+from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
 from longnet.attention.views import plan, runs_of
 
 
@@ -138,13 +138,13 @@ def attend_within(
     q, k, v = cast_under_autocast(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
-    out, lse = _op(
+        with without_autocast(q.device.type):
+            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+            return out, lse.to(torch.promote_types(lse.dtype, torch.float32))
+    return _op(
         q, k, v, bounds,
         pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
     )  # fmt: skip
-    return out, lse
 
 
 def _check(

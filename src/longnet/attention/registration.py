@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ def register(name: str, settings: str, lay_out: Callable[..., Layout]) -> Forwar
         lay_out: (q, k, bounds, *settings) → which tiles make up the attention.
 
     Returns:
-        (q, k, v, bounds, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq); bounds are (n, 3) int64, (batch
-        row, start, stop) of each run of real tokens, or None where every token is real. lse has no gradient.
+        (q, k, v, bounds, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq), which has no gradient; bounds
+        are (n, 3) int64, (batch row, start, stop) of each run of real tokens, or None where every token is real.
     """
     forward, backward = implement(lay_out)
     call = f"Tensor q, Tensor k, Tensor v, Tensor? bounds, {settings}, float scale, str backend"
@@ -156,7 +157,16 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
 def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors in the dtype of an autocast that is on: as PyTorch's own operators do, float64 stays."""
     device_type = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not _is_autocast(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context in which no autocast is on, for a device that may know none (meta)."""
+    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else nullcontext()
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
