@@ -78,6 +78,18 @@ def test_no_pattern_in_the_config():
         run(build("Llama", attn_implementation="sparse_fixed"))
 
 
+@pytest.mark.parametrize("family", ["LongNet", "Llama"])
+def test_a_pattern_without_a_rate_of_one_compiles_whole(family):
+    with pytest.warns(UserWarning, match="no branch of dilation rate 1"):
+        pattern = DilationPattern((8, 32), (2, 4))
+    settings = {"position_embedding": "rope"} if family == "LongNet" else {}
+    model = dilated(build(family, num_hidden_layers=1, **settings), pattern).eval()
+    with pytest.warns(UserWarning, match="no branch of dilation rate 1"):
+        expected = run(model, use_cache=False)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="eager", fullgraph=True), use_cache=False), expected)
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"DilationPattern.parse"):
         longnet.use_dilated_attention(build("Llama"), "2048:1")
