@@ -68,7 +68,9 @@ def attend(
     batch_size, num_kv_heads, tokens, _ = k.shape
     positions = torch.arange(tokens, device=q.device).expand(batch_size, tokens)
     documents = torch.zeros_like(positions)
-    if bounds is not None and bounds.shape[0] > 0:
+    if bounds is not None and bounds.shape[0] == 0:
+        documents = torch.full_like(positions, -1)
+    elif bounds is not None:
         # In tensor operations alone, so that fake tensors, whose bounds hold no numbers, pass through as well.
         row, start, stop = bounds.to(q.device)[:, :, None, None].unbind(1)
         rows = torch.arange(batch_size, device=q.device)[:, None]
