@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from longnet import DilationPattern, dilated_attention
 from longnet.attention import reference
 from longnet.attention.dilated import document_bounds, padding_bounds
+
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # conftest asks for determinism to poison memory; not every CUDA kernel has it, and says so.
+    pytest.mark.filterwarnings("ignore:.*determinis"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
 
 @dataclass
@@ -53,7 +62,7 @@ class Case:
         return logit, terms
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-        """Return out, lse and the gradients of a fixed random projection of out."""
+        """Return out, lse and the gradients of a fixed random projection of out, computed on `device`."""
         # .to keeps the strides; expanded inputs stay expanded.
         q, k, v = (x.to(device=device, dtype=dtype).detach().requires_grad_() for x in (self.q, self.k, self.v))
         masks = {name: mask.to(device) for name, mask in self.masks.items()}
@@ -61,7 +70,8 @@ class Case:
             q, k, v, self.pattern, is_causal=self.is_causal, return_lse=True, backend=backend, **masks
         )
         grads = torch.autograd.grad(out, (q, k, v), self.dout().to(device=device, dtype=dtype))
-        return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse, *grads), strict=True))
+        results = (x.cpu() for x in (out.detach(), lse, *grads))
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))
 
 
 @st.composite

@@ -62,12 +62,15 @@ def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments,
 
 def test_bench_attention_writes_rows_and_a_picture(monkeypatch, capsys, tmp_path):
     small = attention.Settings(
-        lengths=(2048, 2100), token_lengths=(2100,), memory_length=4096, num_heads=1, head_dim=8, repeats=1
-    )
+        lengths=(2048, 2100), token_lengths=(2100,), memory_length=4096, tile_rows=(64, 128), num_heads=1, head_dim=8,
+        repeats=1,
+    )  # fmt: skip
     monkeypatch.setattr(attention, "QUICK", small)
     assert run(monkeypatch, "bench", "attention", "--quick", "--device", "cpu", "-o", str(tmp_path)) == 0
     rows = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
-    assert [row["case"] for row in rows] == ["compare", "compare", "per_token", "memory"]
+    assert [row["case"] for row in rows] == [
+        "compare", "compare", "tile", "tile", "accuracy", "accuracy", "per_token", "memory",
+    ]  # fmt: skip
     assert (tmp_path / "runtime.png").exists()
     assert "2,100" in capsys.readouterr().out
 

@@ -1,7 +1,9 @@
 """What importing longnet costs and offers."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,35 @@ def test_importing_pulls_in_torch_only():
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
     )
     assert run(code) == "['longnet', 'torch']"
+
+
+ATTENTION = sorted((Path(longnet.__file__).parent / "attention").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ATTENTION, ids=lambda path: path.stem)
+def test_attention_names_torch_the_standard_library_and_itself_alone(path):
+    """Within functions too, where importing shows nothing."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            named.add(node.module)
+    foreign = {name for name in named if name.split(".")[0] not in sys.stdlib_module_names | {"torch"}}
+    assert all(name.startswith("longnet.attention") for name in foreign), foreign
+
+
+def test_importing_all_of_attention_pulls_in_torch_only():
+    modules = [".".join(path.relative_to(ATTENTION[0].parents[2]).with_suffix("").parts) for path in ATTENTION]
+    modules = [name for name in modules if not name.endswith("__init__")]
+    assert "longnet.attention.backends.sdpa" in modules
+    code = (
+        "import importlib, sys, torch, torch.utils.flop_counter; before = set(sys.modules);"
+        f"[importlib.import_module(name) for name in {modules}];"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))"
+    )
+    assert run(code) in ("['longnet']", "['longnet', 'torch']")
 
 
 def test_the_models_come_when_asked_for():

@@ -1,23 +1,24 @@
-"""What only a CUDA device can show: `make test-gpu`. Without one, backends/test_sdpa.py checks shapes."""
+"""What only a CUDA device can show: `make test-gpu`, which runs every test of a `device`, too.
+
+Without one, backends/test_sdpa.py checks shapes.
+"""
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from cases import cases
+from cases import ON_CUDA, cases
 from longnet import DilationPattern, dilated_attention
 from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, rounding_floor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_CUDA
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=100)
 @given(case=cases(head_dims=(8, 16, 64), max_tokens=200))
-def test_every_dtype_errs_no_more_than_plain_pytorch(case, dtype):
+def test_the_fused_kernels_err_no_more_than_plain_pytorch(case, dtype):
+    """Head dims of multiples of 8, which they need; test_dilated.py's others run in plain PyTorch on CUDA."""
     case.q, case.k, case.v = (x.to(dtype).double() for x in (case.q, case.k, case.v))
     exact = case.run("reference", torch.float64)
     plain = case.run("reference", dtype)
@@ -25,7 +26,7 @@ def test_every_dtype_errs_no_more_than_plain_pytorch(case, dtype):
     for name, got in case.run("sdpa", dtype, device="cuda").items():
         factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
         floor = rounding_floor(dtype, logit, magnitudes[name])
-        assert_as_good_as_plain(name, got.cpu(), plain[name], exact[name], factor, floor)
+        assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
 
 
 @pytest.mark.parametrize("tokens", [64, 192, 320, 1000, 4096])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from longnet import DilationPattern, dilated_attention
+from longnet.attention.dilated import attend_within
 from tolerances import FLOAT64, TORCHSCALE
 
 
@@ -64,3 +65,12 @@ def test_the_oracle_does_not_read_padding():
     k[:, :, ~mask[0]], v[:, :, ~mask[0]] = torch.nan, torch.inf
     dirty = dilated_attention(q, k, v, DilationPattern((4,), (1,)), padding_mask=mask, backend="reference")
     assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_without_any_run_nothing_is_seen(backend):
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    nothing = torch.zeros(0, 3, dtype=torch.int64)
+    out, lse = attend_within(q, k, v, DilationPattern((4,), (1,)), bounds=nothing, is_causal=False, backend=backend)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from cases import DEVICES
 from longnet import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 
@@ -33,7 +34,7 @@ def tensors(batch, heads, kv_heads, q_tokens, tokens, dim=8):
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("device", DEVICES)
 @given(
     tokens=st.integers(1, 70),
     block=st.integers(1, 40),
@@ -43,12 +44,12 @@ def tensors(batch, heads, kv_heads, q_tokens, tokens, dim=8):
     batch=st.integers(1, 2),
     queries=st.floats(0, 1),
 )
-def test_forward_and_gradient_are_those_of_the_dense_mask(tokens, block, stride, share, heads, batch, queries):
+def test_forward_and_gradient_are_those_of_the_dense_mask(tokens, block, stride, share, heads, batch, queries, device):
     pattern = SparseFixedPattern(block, 1 + round(share * ((stride or block) - 1)), stride)
     q_tokens = max(1, round(queries * tokens))
-    inputs = tensors(batch, *heads, q_tokens, tokens)
+    inputs = [x.detach().to(device).requires_grad_() for x in tensors(batch, *heads, q_tokens, tokens)]
     out = sparse_fixed_attention(*inputs, pattern)
-    expected = dense(*inputs, sees(pattern, tokens)[-q_tokens:])
+    expected = dense(*inputs, sees(pattern, tokens)[-q_tokens:].to(device))
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     dout = torch.randn_like(out)
     grads = torch.autograd.grad(out, inputs, dout)
@@ -135,5 +136,9 @@ def test_shapes_that_do_not_fit():
     q, k, v = tensors(1, 3, 2, 8, 8)
     with pytest.raises(ValueError, match="multiple of G"):
         sparse_fixed_attention(q, k, v, SparseFixedPattern(4, 1))
+    with pytest.raises(ValueError, match="on one device, got cpu, meta, meta"):
+        sparse_fixed_attention(k, k.to("meta"), v.to("meta"), SparseFixedPattern(4, 1))
+    with pytest.raises(ValueError, match='no backend="reference"'):
+        sparse_fixed_attention(k, k, v, SparseFixedPattern(4, 1), backend="reference")
     with pytest.raises(TypeError, match="SparseFixedPattern"):
         sparse_fixed_attention(q, k, v, DilationPattern((4,), (1,)))

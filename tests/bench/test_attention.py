@@ -11,7 +11,13 @@ from longnet.bench import attention, record
 
 CPU = torch.device("cpu")
 SMALL = attention.Settings(
-    lengths=(300,), token_lengths=(2100, 4200), memory_length=65536, num_heads=3, head_dim=16, repeats=1
+    lengths=(300,),
+    token_lengths=(2100, 4200),
+    memory_length=65536,
+    tile_rows=(128, 256),
+    num_heads=3,
+    head_dim=16,
+    repeats=1,
 )
 
 
@@ -27,6 +33,23 @@ def test_every_case_gives_a_row():
 
 def rows_flops(row):
     return DilationPattern.parse(row["pattern"]).flops(tokens=300, num_heads=3, head_dim=16, is_causal=True)
+
+
+def test_tiles_are_rated_against_the_longest():
+    short, long = attention.tiles(SMALL, CPU)
+    assert (short["tokens"], long["tokens"]) == (128, 256)
+    assert long["full_rate_over_longest"] == long["causal_rate_over_longest"] == 1
+    for kind in ("full", "causal"):  # one round: the ratio of medians is the median of ratios
+        assert short[f"{kind}_rate_over_longest"] == pytest.approx(short[f"{kind}_gflops"] / long[f"{kind}_gflops"])
+
+
+def test_large_logits_cost_gradients_a_digit():
+    """What docs/design.md says: p = exp(s − lse) inherits |s| roundings of s."""
+    unit, large = attention.accuracy(CPU)
+    assert unit["largest_logit"] < 10
+    assert large["largest_logit"] == pytest.approx(120, rel=0.1)
+    assert max(unit["out_error"], unit["gradient_error"]) < 2e-6
+    assert 1e-6 < large["gradient_error"] < 5e-5
 
 
 def test_memory_stays_under_the_bar():

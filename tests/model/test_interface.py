@@ -26,7 +26,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 import longnet
 from longnet import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
-from longnet.model import use_sparse_fixed_attention
+from longnet.model import interface, use_sparse_fixed_attention
 from longnet.model.interface import Visible, dilated_attention_forward
 from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, build, dilated, positions_of, tokens_of
 
@@ -76,6 +76,18 @@ def test_no_pattern_in_the_config():
         run(build("Llama", attn_implementation="dilated"))
     with pytest.raises(ValueError, match=r"LlamaConfig holds none: call longnet.model.use_sparse_fixed_attention"):
         run(build("Llama", attn_implementation="sparse_fixed"))
+
+
+@pytest.mark.parametrize("family", ["LongNet", "Llama"])
+def test_a_pattern_without_a_rate_of_one_compiles_whole(family):
+    with pytest.warns(UserWarning, match="no branch of dilation rate 1"):
+        pattern = DilationPattern((8, 32), (2, 4))
+    settings = {"position_embedding": "rope"} if family == "LongNet" else {}
+    model = dilated(build(family, num_hidden_layers=1, **settings), pattern).eval()
+    with pytest.warns(UserWarning, match="no branch of dilation rate 1"):
+        expected = run(model, use_cache=False)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="eager", fullgraph=True), use_cache=False), expected)
 
 
 def test_wrong_arguments():
@@ -319,6 +331,23 @@ def test_a_model_that_does_not_let_its_attention_be_chosen():
     model = BloomForCausalLM(BloomConfig(vocab_size=101, hidden_size=32, n_layer=1, n_head=4))
     with pytest.raises(ValueError, match="BloomForCausalLM does not let its attention be chosen"):
         longnet.use_dilated_attention(model, ONE_BRANCH)
+
+
+def test_cu_seq_lens_are_read_once_for_all_layers(monkeypatch):
+    """Each reading waits for the device."""
+    calls = []
+    right = interface.document_bounds
+    monkeypatch.setattr(interface, "document_bounds", lambda *given: calls.append(given) or right(*given))
+    model = dilated(build("Llama"), BRANCHES)
+    assert model.config.num_hidden_layers == 2
+    for edges in ([0, 11, TOKENS], [0, 20, TOKENS]):
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+        packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens.clone(), "use_cache": False}
+        positions = torch.cat([torch.arange(edges[1]), torch.arange(TOKENS - edges[1])])[None]
+        out = model(input_ids=tokens_of(1, TOKENS), position_ids=positions, **packed).logits
+        alone = model(input_ids=tokens_of(1, TOKENS)[:, edges[1] :], use_cache=False).logits
+        torch.testing.assert_close(out[:, edges[1] :], alone)
+    assert len(calls) == 2
 
 
 def test_cu_seq_lens_beside_what_they_exclude():

@@ -113,6 +113,18 @@ def test_a_head_that_is_more_than_its_weight_is_called(path):
     )
 
 
+def test_a_second_backward_pass_is_right_or_raises(path):
+    """Never gradients of what the first pass has consumed."""
+    head, hidden, labels = drawn()
+    loss = next_token_loss(head, hidden, labels)
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    if path == "chunks":
+        assert torch.equal(torch.autograd.grad(loss, hidden)[0], first)
+    else:
+        with pytest.raises(RuntimeError, match="backward called twice; retain_graph=True"):
+            torch.autograd.grad(loss, hidden)
+
+
 def test_labels_must_fit():
     head, hidden, labels = drawn()
     with pytest.raises(ValueError, match=r"labels must be \(3, 25\)"):

@@ -226,6 +226,33 @@ def test_xpos_at_a_billion_and_where_it_must_refuse():
         made(ids, position_ids=torch.arange(far, far + 100)[None])
 
 
+@pytest.mark.parametrize("mode", ["plain", "right", "left", "packed", "cu_seq_lens"])
+@pytest.mark.parametrize(
+    ("position_embedding", "implementation"), [("xpos", "dilated"), ("rope", "dilated"), ("rope", "sdpa")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_billion_is_as_good_as_zero(dtype, position_embedding, implementation, mode):
+    """Logits of tokens at 10⁹ err, against float64 at 0, no more than those at 0 in the same dtype."""
+    if mode == "cu_seq_lens" and implementation == "sdpa":
+        pytest.skip("sdpa ignores cu_seq_lens")
+    given = inputs("packed" if mode == "cu_seq_lens" else mode)
+    near, far = torch.arange(100)[None], 10**9 // 96 * 96
+    if "position_ids" in given:
+        near = given.pop("position_ids")
+        far = torch.where(torch.arange(100) < 42, far, far - 96 * 7)  # two documents here, and another one further back
+    elif "attention_mask" in given:
+        near = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if mode == "cu_seq_lens":
+        edges = torch.tensor([0, 41, 42, 100], dtype=torch.int32)
+        given |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+    made = model(dtype, position_embedding=position_embedding, attn_implementation=implementation)
+    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    at_near, at_far = (made(**given, position_ids=at).logits[real].double() for at in (near, near + far))
+    exact = made.double()(**given, position_ids=near).logits[real]
+    assert (at_far - exact).norm() <= 1.2 * (at_near - exact).norm()
+    assert (at_far - exact).norm() <= (1e-5 if dtype == torch.float32 else AUTOCAST) * exact.norm()
+
+
 def test_long_sequences_stay_finite_where_xpos_of_others_overflows():
     made = model(torch.bfloat16, segment_lengths=(64, 512), dilation_rates=(1, 8), num_hidden_layers=1)
     with torch.no_grad():
@@ -365,13 +392,19 @@ def test_documents_that_start_late_are_refused_with_xpos():
     """The scales of xPos count from multiples of 96 here, segments from each document's start."""
     made, ids = model(), tokens(1, 140)
     late = torch.cat([torch.arange(20), torch.arange(5, 125)])[None]
-    with pytest.raises(ValueError, match=r"start at \[0, 5\]"):
+    with pytest.raises(ValueError, match=r"that start at \[5\]"):
         made(ids, position_ids=late)
-    with pytest.raises(ValueError, match=r"start at \[5\]"):
+    with pytest.raises(ValueError, match=r"that start at \[5\]"):
         made(ids[:, :8], position_ids=torch.arange(5, 13)[None], past_key_values=DynamicCache(config=made.config))
     edges = torch.tensor([0, 11, 140], dtype=torch.int32)
     with pytest.raises(ValueError, match="position_ids that restart"):
         made(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges)
+    torch._dynamo.reset()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="count from multiples of 96"):
+        compiled(ids, position_ids=late)
+    fits = torch.cat([torch.arange(20), torch.arange(96, 216)])[None]
+    torch.testing.assert_close(compiled(ids, position_ids=fits).logits, made(ids, position_ids=fits).logits)
     moved = made(ids[:, :8], position_ids=torch.arange(5, 13)[None]).logits  # within one block only differences count
     torch.testing.assert_close(moved, made(ids[:, :8]).logits, atol=FLOAT64, rtol=0)
 

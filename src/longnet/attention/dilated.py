@@ -1,21 +1,20 @@
-"""dilated_attention(): the op, its exact gradient, its registration with PyTorch."""
+"""dilated_attention(): the op, its checks, and which tiles it is."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
 from longnet.attention.pattern import DilationPattern, HeadOffsets
-from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
-from longnet.attention.views import Plan, plan, runs_of
+from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
+from longnet.attention.views import plan, runs_of
 
 
 @overload
@@ -98,6 +97,7 @@ def dilated_attention(
         TypeError: `pattern` is no DilationPattern.
         NotImplementedError: dropout_p other than 0.
     """
+    q, k, v = cast_under_autocast(q, k, v)
     _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
     bounds = None
     if padding_mask is not None:
@@ -135,20 +135,16 @@ def attend_within(
     Returns:
         out (B, H, Tq, D) and lse (B, H, Tq).
     """
-    device_type = q.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        # As PyTorch's own operators do, float64 stays.
-        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = cast_under_autocast(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):
-            return reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
-    out, lse = _op(
+        with without_autocast(q.device.type):
+            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+            return out, lse.to(torch.promote_types(lse.dtype, torch.float32))
+    return _op(
         q, k, v, bounds,
         pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
     )  # fmt: skip
-    return out, lse
 
 
 def _check(
@@ -249,111 +245,7 @@ def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return cu_seqlens.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.int64, device="cpu")
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Tensor | None,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    is_causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
-    tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
-    q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = empty_like(q), empty_lse(q)
-    if not is_complete:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    attend_tiles(kernel, tiles, q, k, v, out, lse, scale=scale)
-    return out.to(q.dtype), lse
-
-
-_op = torch.library.custom_op("longnet::dilated_attention", _forward, mutates_args=())
-
-
-@_op.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_like(rows_dense(q)).to(q.dtype), empty_lse(rows_dense(q))
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor | None,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    is_causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
-    tiles, is_complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
-    dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    if not (is_complete and q.shape[2] == k.shape[2]):
-        for grad in (dq, dk, dv):
-            grad.zero_()
-    differentiate_tiles(kernel, tiles, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-_op_backward = torch.library.custom_op("longnet::dilated_attention_backward", _backward, mutates_args=())
-
-
-@_op_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (empty_like(rows_dense(x)).to(x.dtype) for x in (q, k, v))
-    return dq, dk, dv
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bounds, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds)
-
-
-def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, bounds = ctx.saved_tensors
-    grads = _op_backward(dout, q, k, v, out, lse, bounds, *ctx.settings)
-    return (*grads, *(None,) * (1 + len(ctx.settings)))
-
-
-_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
-
-
-@register_flop_formula(torch.ops.longnet.dilated_attention, get_raw=True)
-def _flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: Tensor | None,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    is_causal: bool,
-    *_: Any,
-    **__: Any,
-) -> int:
-    tiles, _complete = _plan(q, k, bounds, segment_lengths, dilation_rates, head_offsets, is_causal)
-    return 4 * q.shape[3] * sum(tile.pairs for tile in tiles)
-
-
-@register_flop_formula(torch.ops.longnet.dilated_attention_backward, get_raw=True)
-def _flops_backward(
-    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **__: Any
-) -> int:
-    return _flops(q, k, v, *rest) * 5 // 2  # five matrix products where the forward has two
-
-
-def _plan(
+def _lay_out(
     q: Tensor,
     k: Tensor,
     bounds: Tensor | None,
@@ -361,10 +253,9 @@ def _plan(
     dilation_rates: Sequence[int],
     head_offsets: str,
     is_causal: bool,
-) -> Plan:
-    pattern = _pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets)
-    return plan(
-        pattern,
+) -> Layout:
+    tiles, is_complete = plan(
+        _pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets),
         runs=runs_of(bounds, k.shape[0], k.shape[2]),
         batch_size=q.shape[0],
         q_tokens=q.shape[2],
@@ -373,6 +264,7 @@ def _plan(
         num_kv_heads=k.shape[1],
         is_causal=is_causal,
     )
+    return Layout([Part(tiles)], is_complete)
 
 
 @functools.lru_cache(maxsize=256)
@@ -380,3 +272,10 @@ def _pattern(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller's own pattern has warned already
         return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
+
+
+_op = register(
+    "dilated_attention",
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str head_offsets, bool is_causal",
+    _lay_out,
+)

@@ -10,6 +10,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
+import torch
+
 HeadOffsets = Literal["mod", "block"]
 
 _SEARCHED_TOKENS = 2**15
@@ -69,7 +71,8 @@ class DilationPattern:
             raise ValueError(f"a branch is given twice, which would count its keys twice: {self.branches}")
         if self.head_offsets not in get_args(HeadOffsets):
             raise ValueError(f"head_offsets must be one of {get_args(HeadOffsets)}, got {self.head_offsets!r}")
-        if 1 not in self.dilation_rates:
+        # While compiling, a model reads its pattern from its configuration, and a warning would break the graph.
+        if 1 not in self.dilation_rates and not torch.compiler.is_compiling():
             warnings.warn(
                 f"{self!r} has no branch of dilation rate 1: queries that no branch keeps get output 0",
                 stacklevel=3,

@@ -68,11 +68,15 @@ def attend(
     batch_size, num_kv_heads, tokens, _ = k.shape
     positions = torch.arange(tokens, device=q.device).expand(batch_size, tokens)
     documents = torch.zeros_like(positions)
-    if bounds is not None:
-        positions, documents = torch.zeros_like(positions), torch.full_like(positions, -1)
-        for document, (row, start, stop) in enumerate(bounds.tolist()):
-            positions[row, start:stop] = torch.arange(stop - start, device=q.device)
-            documents[row, start:stop] = document
+    if bounds is not None and bounds.shape[0] == 0:
+        documents = torch.full_like(positions, -1)
+    elif bounds is not None:
+        # In tensor operations alone, so that fake tensors, whose bounds hold no numbers, pass through as well.
+        row, start, stop = bounds.to(q.device)[:, :, None, None].unbind(1)
+        rows = torch.arange(batch_size, device=q.device)[:, None]
+        inside = (row == rows) & (start <= positions) & (positions < stop)
+        documents = torch.where(inside.any(0), inside.int().argmax(0), -1)
+        positions = (positions - start.flatten()[documents]).clamp(min=0)
     count = multiplicity(positions, documents, pattern, num_kv_heads=num_kv_heads, is_causal=is_causal)
     group = q.shape[1] // num_kv_heads
     count = count[:, :, tokens - q.shape[2] :].repeat_interleave(group, dim=1)

@@ -16,8 +16,8 @@ _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is
 
 def attend_tiles(
     kernel: Kernel, tiles: Iterable[Tile], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float
-) -> None:
-    """Fold what `tiles` see into `out` and `lse`, in place.
+) -> tuple[Tensor, Tensor]:
+    """Fold what `tiles` see into `out` and `lse`: in place, but for a first tile that is taken as it comes.
 
     Args:
         kernel: computes one tile.
@@ -28,13 +28,20 @@ def attend_tiles(
         out: (B, H, Tq, D), from `empty_like`; written where a tile is its queries' first, else merged into.
         lse: (B, H, Tq), from `empty_lse`.
         scale: factor on q·k.
+
+    Returns:
+        out and lse, the ones given where no tile is its queries' first.
     """
     for tile in tiles:
         for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
             tile_out, tile_lse = kernel.attend(
                 block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
             )
-            merge_(block.q(out), block.q(lse), tile_out, tile_lse, is_first=block.q_first)
+            if block.q_first:
+                out, lse = _write(out, block.q(out), tile_out), _write(lse, block.q(lse), tile_lse)
+            else:
+                merge_(block.q(out), block.q(lse), tile_out, tile_lse)
+    return out, lse
 
 
 def differentiate_tiles(
@@ -49,8 +56,8 @@ def differentiate_tiles(
     grads: tuple[Tensor, Tensor, Tensor],
     *,
     scale: float,
-) -> None:
-    """Add the tiles' shares of dq, dk, dv to `grads`, in place; `out` and `lse` are the merged ones.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the tiles' shares of dq, dk, dv to `grads`, as `attend_tiles` does; `out` and `lse` are the merged ones.
 
     Args:
         kernel: computes one tile.
@@ -63,6 +70,9 @@ def differentiate_tiles(
         lse: (B, H, Tq).
         grads: dq, dk, dv from `empty_like`; zero where no tile is the first.
         scale: factor on q·k.
+
+    Returns:
+        dq, dk, dv, the ones given where no tile is the first.
     """
     dq, dk, dv = grads
     for tile in tiles:
@@ -71,10 +81,11 @@ def differentiate_tiles(
                 block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
                 is_causal=tile.is_causal, scale=scale,
             )  # fmt: skip
-            _accumulate(block.q(dq), parts[0], is_first=block.q_first)
-            for grad, part in zip((dk, dv), parts[1:], strict=True):
-                once = part.sum(block.shared, keepdim=True) if block.shared else part
-                _accumulate(block.kv_once(grad), once, is_first=block.kv_first)
+            dq = _accumulate(dq, block.q(dq), parts[0], is_first=block.q_first)
+            dk_part, dv_part = (part.sum(block.shared, keepdim=True) if block.shared else part for part in parts[1:])
+            dk = _accumulate(dk, block.kv_once(dk), dk_part, is_first=block.kv_first)
+            dv = _accumulate(dv, block.kv_once(dv), dv_part, is_first=block.kv_first)
+    return dq, dk, dv
 
 
 def rows_dense(x: Tensor) -> Tensor:
@@ -101,11 +112,22 @@ def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _accumulate(total: Tensor, part: Tensor, *, is_first: bool) -> None:
+def _accumulate(total: Tensor, view: Tensor, part: Tensor, *, is_first: bool) -> Tensor:
     if is_first:
-        total.copy_(part)
-    else:
-        total.add_(part)
+        return _write(total, view, part)
+    view.add_(part)
+    return total
+
+
+def _write(total: Tensor, view: Tensor, part: Tensor) -> Tensor:
+    """Copy `part` into `view`, a view of `total`; where it is all of `total` and laid out alike, take it instead.
+
+    At 2K tokens the pages of another output, touched anew at each call, cost as much as all merging.
+    """
+    if view.numel() == total.numel() and view.stride() == part.stride() and view.dtype == part.dtype:
+        return part.as_strided(total.shape, total.stride())
+    view.copy_(part)
+    return total
 
 
 def _max_rows(q: Tensor) -> int:

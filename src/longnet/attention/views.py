@@ -247,7 +247,7 @@ def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_
 
     Args:
         tile: what to compute.
-        q_like: every tensor (B, H, T, …) that the call reads or writes at the queries' rows.
+        q_like: every tensor (B, H, T, …) that the call reads or writes at the queries' rows; one it writes is last.
         kv_like: every tensor (B, G, T, …) that it reads or writes at the keys' rows.
         max_rows: bound on batch · heads · rows of one call; a call has at least one batch entry.
     """
@@ -262,6 +262,11 @@ def _blocks(
     axes.sort(key=lambda axis: -axis.size)
     axes += [Axis(1)] * (2 - len(axes))
     batch, heads, *looped = axes
+    # Kernels answer in the layout (batch, rows, heads, D): that of the queries, if heads is what lies between two rows.
+    row, head, position = q_strides[-1]
+    step = batch.row * row + batch.q_head * head + batch.position * position
+    if step < tile.rate * position and batch.size * heads.size * tile.q_rows <= max_rows and batch.size <= _MAX_BATCH:
+        batch, heads = heads, batch
     at_once = min(batch.size, _MAX_BATCH, max(1, max_rows // (heads.size * tile.q_rows)))
     calls = []
     for steps in itertools.product(*(range(axis.size) for axis in looped)):

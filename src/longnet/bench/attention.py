@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from longnet.attention.backends import dispatch
+from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 from longnet.measurement import interleaved, peak_bytes, ratio
@@ -33,6 +34,7 @@ class Settings:
         lengths: tokens of the comparison with dense attention, with the paper's pattern.
         token_lengths: tokens at which the time per token is measured, geometric pattern up to that length.
         memory_length: tokens at which the peak memory is measured.
+        tile_rows: rows of the single tiles whose rate is measured.
         num_heads: query, key and value heads.
         token_heads: the same where the time per token is measured; the gate there copies every branch.
         head_dim: channels of a head.
@@ -42,13 +44,20 @@ class Settings:
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
     token_lengths: tuple[int, ...] = (32768, 131072, 1048576)
     memory_length: int = 262144
+    tile_rows: tuple[int, ...] = (2048, 32768)
     num_heads: int = 4
     token_heads: int = 2
     head_dim: int = 64
     repeats: int = 3
 
 
-QUICK = Settings(lengths=(2048, 4096, 8192, 16384), token_lengths=(8192, 32768), memory_length=65536, repeats=2)
+QUICK = Settings(
+    lengths=(2048, 4096, 8192, 16384),
+    token_lengths=(8192, 32768),
+    memory_length=65536,
+    tile_rows=(2048, 8192),
+    repeats=2,
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ def run(settings: Settings, device: torch.device) -> Iterator[Row]:
     """
     for tokens in settings.lengths:
         yield compare(tokens, DilationPattern.paper(), settings, device)
+    yield from tiles(settings, device)
+    yield from accuracy(device)
     yield from per_token(settings, device)
     yield memory(settings, device)
 
@@ -121,6 +132,72 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
         **figures,
         "flop_ratio": dense_flops / flops,
     }
+
+
+def tiles(settings: Settings, device: torch.device) -> Iterator[Row]:
+    """Time the kernel alone on full and causal tiles of some lengths, by useful FLOPs: what bounds the speed-up."""
+    longest = max(settings.tile_rows)
+    cases, flops = [], []
+    for rows in settings.tile_rows:
+        heads = longest // rows  # and as many calls: a round of each case computes equally many full scores
+        q, k, v, _ = (x.detach() for x in _tensors(rows, replace(settings, num_heads=heads), device))
+        kernel = dispatch.choose("sdpa", device, q.dtype, settings.head_dim)
+        for is_causal in (False, True):
+            cases.append(functools.partial(_attend_often, kernel, q, k, v, is_causal=is_causal, calls=heads))
+            pairs = rows * (rows + 1) // 2 if is_causal else rows**2
+            flops.append(4 * settings.head_dim * heads**2 * pairs)
+    seconds = interleaved(cases, settings.repeats, device)
+    costs = [[t / count for t in times] for times, count in zip(seconds, flops, strict=True)]
+    best = settings.tile_rows.index(longest)
+    for index, rows in enumerate(settings.tile_rows):
+        full, causal = costs[2 * index : 2 * index + 2]
+        yield {
+            "case": "tile",
+            "tokens": rows,
+            "head_dim": settings.head_dim,
+            "full_gflops": 1e-9 / statistics.median(full),
+            "causal_gflops": 1e-9 / statistics.median(causal),
+            "full_rate_over_longest": ratio(costs[2 * best], full),
+            "causal_rate_over_longest": ratio(costs[2 * best + 1], causal),
+        }
+
+
+def _attend_often(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, calls: int) -> None:
+    for _ in range(calls):
+        kernel.attend(q, k, v, is_causal=is_causal, scale=q.shape[3] ** -0.5)
+
+
+def accuracy(device: torch.device) -> Iterator[Row]:
+    """Measure float32's largest errors against the float64 oracle, over the largest value, by the size of logits."""
+    generator = torch.Generator().manual_seed(0)
+    for largest in (0, 120):
+        q, k, v, dout = (torch.randn(1, 4, 512, 64, generator=generator, dtype=torch.float64) for _ in "qkvo")
+        if largest:
+            for x in (q, k):  # the first component alone makes logits of ± `largest`
+                x[..., 0] = x[..., 0].sign() * (largest * 64**0.5) ** 0.5
+        pattern = DilationPattern((64, 256, 512), (1, 3, 4))
+        q, k, v, dout = (x.float() for x in (q, k, v, dout))
+        results = []
+        runs: tuple[tuple[torch.dtype, dispatch.Backend], ...]
+        runs = (torch.float64, "reference"), (torch.float32, "sdpa"), (torch.float32, "reference")
+        for dtype, backend in runs:
+            q_in, k_in, v_in = (x.to(device, dtype).requires_grad_() for x in (q, k, v))
+            out = dilated_attention(q_in, k_in, v_in, pattern, is_causal=True, backend=backend)
+            results.append((out.detach(), *torch.autograd.grad(out, (q_in, k_in, v_in), dout.to(device, dtype))))
+        exact, *rounded = results
+        errors = [
+            [((got - want).abs().max() / want.abs().max()).item() for got, want in zip(result, exact, strict=True)]
+            for result in rounded
+        ]
+        yield {
+            "case": "accuracy",
+            "tokens": 512,
+            "largest_logit": (q @ k.mT).abs().max().item() / 8,
+            "out_error": errors[0][0],
+            "gradient_error": max(errors[0][1:]),
+            "plain_out_error": errors[1][0],
+            "plain_gradient_error": max(errors[1][1:]),
+        }
 
 
 def per_token(settings: Settings, device: torch.device) -> Iterator[Row]:

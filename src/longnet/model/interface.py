@@ -7,7 +7,7 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,8 @@ class Visible:
         is_padded: `bounds` come from a padding mask, not from packed documents.
         refusal: why the attention of this pass cannot be dilated; raised by the first layer that needs it, since some
             models build masks that no layer uses.
+        documents: cu_seq_lens that a layer has read, and their bounds, so that the next ones need not wait for the
+            device.
     """
 
     tokens: int
@@ -42,6 +44,7 @@ class Visible:
     is_causal: bool
     is_padded: bool
     refusal: str | None
+    documents: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
 
     @property
     def ndim(self) -> int:
@@ -215,7 +218,11 @@ def _attend(
         is_causal = getattr(module, "is_causal", True)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        bounds = document_bounds(cu_seqlens, tokens)
+        bounds = _bounds_read(visible, cu_seqlens)
+        if bounds is None:
+            bounds = document_bounds(cu_seqlens, tokens)
+            if visible is not None and not torch.compiler.is_compiling():
+                visible.documents.append((cu_seqlens, bounds))
     out = attend(query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal))
     return out.transpose(1, 2), None
 
@@ -292,9 +299,16 @@ def _refusal(
         if visible is not None and visible.is_padded:
             return "an attention_mask beside cu_seq_lens is ambiguous: packed documents need no mask"
         q_edges, k_edges = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-        if k_edges is None or (not torch.compiler.is_compiling() and not torch.equal(q_edges, k_edges)):
+        if k_edges is None or not (
+            torch.compiler.is_compiling() or _bounds_read(visible, q_edges) is not None or torch.equal(q_edges, k_edges)
+        ):
             return "cu_seq_lens_q needs cu_seq_lens_k, equal to it"
     return None
+
+
+def _bounds_read(visible: Visible | None, cu_seqlens: Tensor) -> Tensor | None:
+    documents = [] if visible is None else visible.documents
+    return next((bounds for edges, bounds in documents if edges is cu_seqlens), None)
 
 
 def _wants_weights() -> bool:
@@ -386,8 +400,8 @@ def _use(model: nn.Module, name: str, **fields: Any) -> None:
         if inner.config._attn_implementation != name:
             raise ValueError(f"{type(inner).__name__} does not let its attention be chosen through AttentionInterface")
     for config in {id(module.config): module.config for module in model.modules() if _has_config(module)}.values():
-        for field, value in fields.items():
-            setattr(config, field, value)
+        for name_of_field, value in fields.items():
+            setattr(config, name_of_field, value)
 
 
 def _has_config(module: nn.Module) -> bool:

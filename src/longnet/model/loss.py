@@ -23,7 +23,9 @@ def next_token_loss(
     """Return the cross entropy of each next token, in float32 (float64 for float64).
 
     Logits exist for one chunk of tokens at a time, in the forward and in the backward pass: beside the gradients,
-    memory is O(V), where T·V logits of 32K tokens and 32K words would take 4 GiB.
+    memory is O(V), where T·V logits of 32K tokens and 32K words would take 4 GiB. A graph can be walked back once:
+    gradients are made beside the loss and handed out, so a second backward pass, after retain_graph=True, raises
+    RuntimeError. Keeping them would cost another head's size; add up the losses instead.
 
     Args:
         head: maps (n, C) to logits (n, V).

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from longnet.model import interface  # noqa: F401  # registers "dilated" with transformers
 from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import next_token_loss
-from longnet.model.positions import RotaryPositions, Rotation, rotate, turn_steps
+from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 
 
 def eager_attention(
@@ -294,8 +294,9 @@ class LongNetModel(LongNetPreTrainedModel):
         period = math.lcm(*self.config.segment_lengths) if is_dilated else None
         if rotary.xpos_scale_base is not None and not torch.compiler.is_compiling() and position_ids.numel():
             rotary.refuse_beyond(int(position_ids.max() if highest is None else highest), dtype=dtype, period=period)
-            if period is not None and highest is None and not int(past_tokens):
-                _refuse_late_starts(position_ids, period, is_cached=is_cached)
+        is_new = (isinstance(past_tokens, int) or not torch.compiler.is_compiling()) and not past_tokens
+        if rotary.xpos_scale_base is not None and period is not None and highest is None and is_new:
+            refuse_late_starts(position_ids, period, is_cached=is_cached)
         rotations: tuple[Rotation, Rotation] = rotary(position_ids, dtype=dtype, period=period)
         return rotations
 
@@ -412,17 +413,6 @@ def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
     positions: Tensor = torch.arange(tokens, device=hidden_states.device) + past_tokens
     return positions[None]
-
-
-def _refuse_late_starts(position_ids: Tensor, period: int, *, is_cached: bool) -> None:
-    # Segments count from a document's first token, so the blocks of xPos scales must, too. Padding repeats a position.
-    steps = position_ids.diff(dim=-1)
-    starts = torch.cat([position_ids[:, 0], position_ids[:, 1:][(steps != 0) & (steps != 1)]])
-    if bool((starts % period).any()) and (is_cached or bool((position_ids >= period).any())):
-        raise ValueError(
-            f"xPos scales count from multiples of {period}, where all segments start, got documents whose position_ids "
-            f"start at {starts.tolist()[:8]}: start at 0, or use position_embedding='rope'"
-        )
 
 
 def _refuse_packed(position_ids: Tensor) -> None:

@@ -152,5 +152,32 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def refuse_late_starts(position_ids: Tensor, period: int, *, is_cached: bool) -> None:
+    """Raise where a document starts between the blocks that xPos scales count from.
+
+    Segments count from a document's first token, so the blocks must, too. While compiling the device checks, since a
+    graph cannot read numbers.
+
+    Args:
+        position_ids: (B or 1, T) int64; a document starts where they neither rise by one nor, in padding, repeat.
+        period: as in `RotaryPositions`.
+        is_cached: later tokens follow, so that a document within the first block counts as well.
+
+    Raises:
+        ValueError: some start is no multiple of `period`; RuntimeError from a compiled graph.
+    """
+    steps = position_ids.diff(dim=-1)
+    starts = nn.functional.pad((steps != 0) & (steps != 1), (1, 0), value=True)
+    late = starts & (position_ids % period != 0) & (is_cached | (position_ids >= period).any())
+    message = (
+        f"xPos scales count from multiples of {period}, where all segments start, so the position_ids of a document "
+        "must start there: at 0, best; or use position_embedding='rope'"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~late.any(), message)
+    elif bool(late.any()):
+        raise ValueError(f"{message}. Got documents that start at {position_ids[late].tolist()[:8]}")
+
+
 def _served_period(period: int | None, span: int) -> int | None:
     return period if period is not None and period <= span else None

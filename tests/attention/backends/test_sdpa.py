@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import dilated
+from longnet.attention import dilated, registration
 from longnet.attention.backends import dispatch, sdpa
 
 ON_CPU = [kernel for kernel in sdpa.KERNELS if kernel.refusal(torch.device("cpu"), torch.float64, 8) is None]
@@ -78,9 +78,10 @@ def test_the_whole_op_on_cuda_by_shape(kernel, monkeypatch):
     q = torch.empty(2, 300, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     k, v = (torch.empty(2, 300, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "kv")
     settings = (None, [64, 128, 96], [1, 2, 5], "mod", True, 0.1, "auto")
-    out, lse = dilated._forward(q, k, v, *settings)
+    forward, backward = registration.implement(dilated._lay_out)
+    out, lse = forward(q, k, v, *settings)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
-    grads = dilated._backward(torch.empty_like(out), q, k, v, out, lse, *settings)
+    grads = backward(torch.empty_like(out), q, k, v, out, lse, *settings)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 

@@ -1,0 +1,172 @@
+"""Registration with PyTorch: attention over tiles as an op, with its exact gradient, its shapes and its FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from longnet.attention.backends import dispatch
+from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.views import Tile
+
+
+class Part(NamedTuple):
+    """Tiles over some of the batch rows and some of the keys.
+
+    Attributes:
+        tiles: count batch rows and keys within the part.
+        rows: its batch rows, where `keys` are given.
+        keys: gives, on a device, the positions of its keys, which are copied; None for all, as they lie.
+    """
+
+    tiles: tuple[Tile, ...]
+    rows: slice = slice(None)
+    keys: Callable[[torch.device], Tensor] | None = None
+
+
+class Layout(NamedTuple):
+    """The parts of one call; `is_complete` when `is_first` tiles of the first part write every query."""
+
+    parts: Iterable[Part]
+    is_complete: bool
+
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def register(name: str, settings: str, lay_out: Callable[..., Layout]) -> Forward:
+    """Make the op `longnet::name` and its backward, `longnet::name_backward`, of a layout.
+
+    Args:
+        name: of the op.
+        settings: the schema of the arguments that `lay_out` takes after q, k and bounds.
+        lay_out: (q, k, bounds, *settings) → which tiles make up the attention.
+
+    Returns:
+        (q, k, v, bounds, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq), which has no gradient; bounds
+        are (n, 3) int64, (batch row, start, stop) of each run of real tokens, or None where every token is real.
+    """
+    forward, backward = implement(lay_out)
+    call = f"Tensor q, Tensor k, Tensor v, Tensor? bounds, {settings}, float scale, str backend"
+    backward_call = call.replace("Tensor? bounds", "Tensor out, Tensor lse, Tensor? bounds")
+    op: Any = torch.library.custom_op(
+        f"longnet::{name}", forward, mutates_args=(), schema=f"({call}) -> (Tensor, Tensor)"
+    )
+    op_backward: Any = torch.library.custom_op(
+        f"longnet::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"(Tensor dout, {backward_call}) -> (Tensor, Tensor, Tensor)",
+    )
+
+    def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, bounds, *ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, *output, bounds)
+
+    def differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, bounds = ctx.saved_tensors
+        grads = op_backward(dout, q, k, v, out, lse, bounds, *ctx.settings)
+        return (*grads, *(None,) * (1 + len(ctx.settings)))
+
+    def count(q: Tensor, k: Tensor, _v: Tensor, bounds: Tensor | None, *settings: Any, **_: Any) -> int:
+        parts = lay_out(q, k, bounds, *settings[:-2]).parts
+        return 4 * q.shape[3] * sum(tile.pairs for part in parts for tile in part.tiles)
+
+    def count_backward(
+        _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **_: Any
+    ) -> int:
+        return count(q, k, v, *rest) * 5 // 2  # five matrix products where the forward has two
+
+    op.register_fake(lambda q, *_: (empty_like(rows_dense(q)).to(q.dtype), empty_lse(rows_dense(q))))
+    op_backward.register_fake(
+        lambda _dout, *qkv_and_rest: tuple(empty_like(rows_dense(x)).to(x.dtype) for x in qkv_and_rest[:3])
+    )
+    op.register_autograd(differentiate, setup_context=keep_for_backward)
+    register_flop_formula(getattr(torch.ops.longnet, name), get_raw=True)(count)
+    register_flop_formula(getattr(torch.ops.longnet, f"{name}_backward"), get_raw=True)(count_backward)
+    return op  # type: ignore[no-any-return]
+
+
+def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
+    """Return what `register` makes ops of: functions of plain tensors."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, *settings_scale_backend: Any
+    ) -> tuple[Tensor, Tensor]:
+        *settings, scale, backend = settings_scale_backend
+        kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+        parts, is_complete = lay_out(q, k, bounds, *settings)
+        q, k, v = (rows_dense(x) for x in (q, k, v))
+        out, lse = empty_like(q), empty_lse(q)
+        if not is_complete:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for part in parts:
+            if part.keys is None:
+                out, lse = attend_tiles(kernel, part.tiles, q, k, v, out, lse, scale=scale)
+            else:
+                positions = part.keys(k.device)
+                k_seen, v_seen = (x[part.rows].index_select(2, positions) for x in (k, v))
+                attend_tiles(
+                    kernel, part.tiles, q[part.rows], k_seen, v_seen, out[part.rows], lse[part.rows], scale=scale
+                )
+        return out.to(q.dtype), lse
+
+    def backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: Tensor | None,
+        *settings_scale_backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *settings, scale, backend = settings_scale_backend
+        kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+        parts, is_complete = lay_out(q, k, bounds, *settings)
+        dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
+        dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+        if not (is_complete and q.shape[2] == k.shape[2]):
+            for grad in (dq, dk, dv):
+                grad.zero_()
+        for part in parts:
+            if part.keys is None:
+                dq, dk, dv = differentiate_tiles(kernel, part.tiles, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+                continue
+            rows, positions = part.rows, part.keys(k.device)
+            k_seen, v_seen = (x[rows].index_select(2, positions) for x in (k, v))
+            dk_seen, dv_seen = empty_like(k_seen).zero_(), empty_like(v_seen).zero_()
+            differentiate_tiles(
+                kernel, part.tiles, dout[rows], q[rows], k_seen, v_seen, out[rows], lse[rows],
+                (dq[rows], dk_seen, dv_seen), scale=scale,
+            )  # fmt: skip
+            dk[rows].index_add_(2, positions, dk_seen)
+            dv[rows].index_add_(2, positions, dv_seen)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    return forward, backward
+
+
+def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the dtype of an autocast that is on: as PyTorch's own operators do, float64 stays."""
+    device_type = tensors[0].device.type
+    if not _is_autocast(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context in which no autocast is on, for a device that may know none (meta)."""
+    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else nullcontext()
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
