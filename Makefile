@@ -1,9 +1,10 @@
-# make demo   installs into .venv and runs the benchmark of the op in its quick form
+# make demo   installs into .venv, learns Python's standard library for five minutes, shows what context is worth
 # make test   installs and tests; make check lints, types and layers; make fix formats
 .PHONY: install fix check test test-deep test-gpu bench demo
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
+PACKAGE := .venv/.package
 INSTALLED := .venv/.installed
 TORCH := 2.13.0
 # Without a GPU the CPU build of torch, which plain pip finds only where an index of such builds is set up; uv knows one.
@@ -11,9 +12,15 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # One thread a worker: two test processes share the cores better than their threads would.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+DEMO := runs/demo
+
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): $(PACKAGE)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(PACKAGE): pyproject.toml
 	python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "LongNet needs Python 3.11 or later")'
 	python3 -m venv .venv
 ifeq ($(HAS_GPU),)
@@ -22,7 +29,7 @@ ifeq ($(HAS_GPU),)
 else
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch
 endif
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable .
 	touch $@
 
 fix: install
@@ -47,5 +54,11 @@ test-gpu: install
 bench: install
 	$(BIN)/longnet bench attention
 
-demo: install
-	$(BIN)/longnet bench attention --quick --output runs/demo
+demo: $(PACKAGE)
+	$(BIN)/longnet prepare "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+	  --suffixes .py --exclude test tests idle_test encodings pydoc_data lib2to3 \
+	  --train-bpe 4096 --split-by folder --validation 0.08 --output $(DEMO)/data
+	$(BIN)/longnet train recipes/demo.toml --output $(DEMO)/run --resume
+	$(BIN)/longnet evaluate $(DEMO)/run $(DEMO)/data --contexts 128,512,2048 --tokens 131072 \
+	  --output $(DEMO)/evaluation --report $(DEMO)/report.html
+	$(BIN)/longnet generate $(DEMO)/run --prompt 'def ' --tokens 120

@@ -28,7 +28,7 @@ def test_flops_are_those_that_pytorch_counts(attention, tied):
         model(torch.zeros(1, 256, dtype=torch.int64))
     forward = counter.get_total_flops()
     closed = training_flops(model, config, tokens=256) / 3
-    if attention != "dilated":  # whose operators on the CPU PyTorch does not count
+    if attention == "sdpa":  # whose operator on the CPU PyTorch does not count
         forward += attention_flops(config, tokens=256)
     assert closed == pytest.approx(forward, rel=0.03)  # biases and LayerNorms are parameters, and no matrix products
     assert attention_flops(config, tokens=256) == 2 * 4 * 4 * 16 * PAIRS[attention]  # layers, heads, FLOPs, head_dim
