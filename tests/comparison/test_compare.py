@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from longnet.cli.main import main
 from longnet.cli.recipe import load_recipe
 from longnet.comparison.cell import CellResult, count_flops
 from longnet.comparison.compare import cell_folder, run_comparison
@@ -95,12 +96,24 @@ def test_cells_differ_in_what_they_should(outcome):
     assert dense["attention_per_token"] == dense["dense_attention_per_token"] > 2 * sparse["attention_per_token"]
 
 
-def test_a_second_call_runs_nothing(outcome, killed, recipe_file):
+def test_a_second_call_runs_nothing(outcome, killed, recipe_file, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")}
     timing = (killed / "timing.json").stat().st_mtime_ns
     start = time.monotonic()
     assert run_comparison(load(recipe_file), killed, progress=False) == outcome
-    assert time.monotonic() - start < 5
+    arguments = ["compare", str(recipe_file), "-o", str(killed), "--train.steps", str(STEPS)]
+    monkeypatch.setattr(sys, "argv", ["longnet", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert f"4 of 4 cells are finished; report: {killed / 'report.html'}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["longnet", *arguments, "--optim.lr", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"longnet: {killed} holds a comparison with another recipe: optim.lr (0.003 → 1.0); set")
+    assert error.count("\n") == 1
+    assert time.monotonic() - start < 20
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")} == before
     assert (killed / "timing.json").stat().st_mtime_ns == timing
 
