@@ -1,6 +1,7 @@
 """A whole comparison of minute models: killed, gone on with, failed in part, reported."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import pytest
 import torch
 
+from longnet.cli.main import main
 from longnet.cli.recipe import load_recipe
 from longnet.comparison.cell import CellResult, count_flops
 from longnet.comparison.compare import cell_folder, run_comparison
@@ -94,12 +96,24 @@ def test_cells_differ_in_what_they_should(outcome):
     assert dense["attention_per_token"] == dense["dense_attention_per_token"] > 2 * sparse["attention_per_token"]
 
 
-def test_a_second_call_runs_nothing(outcome, killed, recipe_file):
+def test_a_second_call_runs_nothing(outcome, killed, recipe_file, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")}
     timing = (killed / "timing.json").stat().st_mtime_ns
     start = time.monotonic()
     assert run_comparison(load(recipe_file), killed, progress=False) == outcome
-    assert time.monotonic() - start < 5
+    arguments = ["compare", str(recipe_file), "-o", str(killed), "--train.steps", str(STEPS)]
+    monkeypatch.setattr(sys, "argv", ["longnet", *arguments])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert f"4 of 4 cells are finished; report: {killed / 'report.html'}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["longnet", *arguments, "--optim.lr", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"longnet: {killed} holds a comparison with another recipe: optim.lr (0.003 → 1.0); set")
+    assert error.count("\n") == 1
+    assert time.monotonic() - start < 20
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("result.json")} == before
     assert (killed / "timing.json").stat().st_mtime_ns == timing
 
@@ -116,7 +130,7 @@ def test_another_recipe_in_the_same_folder_is_refused(outcome, killed, recipe_fi
 
 
 def test_the_report_says_what_the_results_say(outcome, killed):
-    page, text = (killed / "report.html").read_text(), (killed / "report.md").read_text()
+    page, text = html.unescape((killed / "report.html").read_text()), (killed / "report.md").read_text()
     for result in outcome.results:
         row = json.loads((cell_folder(killed, result.cell) / "result.json").read_text())
         figures = [f"{row['flops']['counted']:.4e}", f"{row['flops']['counted'] * STEPS:.4e}",
@@ -149,7 +163,7 @@ def test_the_report_needs_nothing_else(outcome, killed):
 def test_a_cell_that_fails_leaves_the_others_alone(recipe_file, tmp_path):
     # At 16 tokens the dilated pattern costs more than attention to all of them, which nothing sparse can match.
     overrides = ["--compare.attentions", "sparse_fixed", "dilated", "--compare.lengths", "16", "--compare.rounds", "0",
-                 "--compare.contexts", "16", "--train.steps", "3"]  # fmt: skip
+                 "--compare.contexts", "16", "--train.steps", "3", "--model.dilation_rates", "1", "2"]  # fmt: skip
     outcome = run_comparison(load_recipe(recipe_file, overrides, kind=ComparisonRecipe), tmp_path, progress=False)
     assert [result.cell.name for result in outcome.results] == ["dilated-16"]
     assert outcome.timing is None

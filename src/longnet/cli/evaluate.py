@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,6 +98,8 @@ def evaluate(
                 trials=trials, batch_tokens=batch_tokens, device=place,
             )
         )  # fmt: skip
+    if not all(math.isfinite(result.loss) for result in results):
+        raise ValueError(f"the loss of {model} on these tokens is not finite: its weights or its attention overflow")
     evaluation = Evaluation(
         str(model), str(data), str(loaded.model.config._attn_implementation), loaded.training_length, results, keys,
         {**provenance(place), "data_fingerprint": token_data.fingerprint},

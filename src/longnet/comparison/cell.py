@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -161,6 +161,8 @@ def _finish(
             batch_tokens=recipe.evaluate.batch_tokens,
             device=device,
         )
+    if not all(math.isfinite(result.loss) for result in contexts):
+        raise ValueError("the loss on the validation tokens is not finite: the training has diverged")
     parameters = count_parameters(model.config)
     CellResult(
         attention=cell.attention,
@@ -178,7 +180,7 @@ def _finish(
         start_bytes=measured[1],
         losses=read_losses(folder / "run"),
         contexts=contexts,
-        provenance={**provenance(device), "data": data.fingerprint, "date_finished": time.strftime("%Y-%m-%d")},
+        provenance={**provenance(device), "data": data.fingerprint},
     ).save(folder)
 
 

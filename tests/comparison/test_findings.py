@@ -1,0 +1,62 @@
+"""Sentences against figures made up to say one thing or the other."""
+
+import pytest
+
+from longnet.comparison import findings
+from longnet.comparison.cell import CellResult
+from longnet.evaluation.perplexity import ContextResult
+
+
+def cell(attention, length, losses, *, flops=100, training=(3.0, 2.0)):
+    """Return a cell whose loss at each context is `losses[context]`, nearly alike in four windows."""
+    contexts = [
+        ContextResult(context, 4096, 4096, loss, 0.05, [], [loss + wave for wave in (1, -1, loss / 20, -loss / 20)])
+        for context, loss in losses.items()
+    ]  # fmt: skip
+    return CellResult(
+        attention, length, "", 8, 1, 10, 5120, 7, {"total": 1000, "embedding": 10}, {"counted": flops}, 1.0, 2, 1,
+        [(512 * step, training[0] + (training[1] - training[0]) * step / 20) for step in range(21)], contexts, {},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    return [
+        cell("sdpa", 512, {256: 2.0, 512: 1.9, 1024: 2.5}, flops=200),
+        cell("dilated", 512, {256: 1.9, 512: 1.8, 1024: 1.8}),
+        cell("dilated", 1024, {256: 2.1, 512: 2.0, 1024: 1.7}, training=(2.0, 2.0)),
+    ]
+
+
+def test_steps_within_and_beyond_the_training_length(results):
+    dense, short, long = findings.describe_contexts(results)
+    assert dense.startswith("Transformer, 512: loss from context 256 → 512: falls (−0.1000 ± ")
+    assert "512 → 1K, beyond its training length: rises (+0.6" in dense
+    assert "beyond its training length: does not clearly change (+0.0000" in short
+    assert "beyond" not in long
+    uses = findings.describe_use_of_context(results)
+    assert uses[0].startswith(
+        "Transformer: within the training length, 1 of 1 steps to a longer context lower the loss"
+    )
+    assert uses[1].startswith("LongNet: within the training length, 3 of 3 steps")
+
+
+def test_systems_are_compared_at_their_own_length(results):
+    (said,) = findings.describe_systems(results)
+    assert "Trained at 512 and scored at 512, LongNet's loss against the Transformer's: −0.1000" in said
+    assert said.endswith("lower, at 0.500 × its FLOPs.")
+    (said,) = findings.describe_systems([results[0], cell("dilated", 512, {256: 2.2, 512: 2.1, 1024: 2.5}, flops=300)])
+    assert said.endswith("higher, at 1.500 × its FLOPs.")
+
+
+def test_longer_training_is_judged_at_the_longest_context(results):
+    (said,) = findings.describe_lengths(results, (256, 512, 1024))
+    assert "LongNet scored at 1K: training at 1K instead of 512 changes the loss by −0.1000" in said
+
+
+def test_limits_are_those_of_the_figures(results):
+    said = " ".join(findings.describe_limits(results))
+    assert "seen 5,120 tokens, 5.1 a parameter; the paper's models saw 29,296,875 times as many" in said
+    assert "One seed (7): the standard errors are over 4 windows" in said
+    assert "No cell was trained beyond 1K tokens" in said
+    assert "still falling at the end in Transformer, 512, LongNet, 512." in said  # the third one's was not
