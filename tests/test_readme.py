@@ -23,7 +23,7 @@ def test_python_blocks_run(capsys):
 
 
 def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, capsys):
-    smaller = "--train.steps 4 --train.device cpu --evaluate.every 2 --evaluate.contexts 128 256 --sample.every 0"
+    smaller = "--train.steps 4 --train.device cpu --evaluate.every 2 --evaluate.contexts 64 128 --sample.every 0"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-project").symlink_to(ROOT / "src", target_is_directory=True)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
