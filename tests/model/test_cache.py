@@ -219,6 +219,8 @@ def test_a_file_keeps_the_cache(saved):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with pytest.raises(ValueError, match="nothing to save"):
         DilatedCache(model.config).save(path)
+    with pytest.raises(OSError, match="cannot write"):
+        cache.save(path.parent / "none" / "cache")
     with pytest.raises(FileNotFoundError, match="no cache file"):
         DilatedCache.load(path.with_name("other"), model.config)
     other = model_of("LongNet", num_hidden_layers=3)

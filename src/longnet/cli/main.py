@@ -12,6 +12,7 @@ import cyclopts
 
 app = cyclopts.App(name="longnet", help="LongNet: dilated attention for very long sequences (arXiv:2307.02486).")
 app.command("longnet.cli.show:show", help="Print what a pattern costs, reaches and keeps; draw it.")
+app.command("longnet.cli.stream:stream", help="Read files as one sequence of any length, in constant memory.")
 app.command("longnet.cli.bench:app", name="bench", help="Measure, each figure behind a check that the result is right.")
 
 

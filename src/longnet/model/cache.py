@@ -244,6 +244,7 @@ class DilatedCache(Cache):
 
         Raises:
             ValueError: a cache without tokens.
+            OSError: the file cannot be written.
         """
         states = [layer.state for layer in self.layers if layer.state is not None]
         if len(states) < len(self.layers):
@@ -269,6 +270,8 @@ class DilatedCache(Cache):
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
         finally:
             partial.unlink(missing_ok=True)
 
@@ -309,7 +312,8 @@ class DilatedCache(Cache):
             keys, values = tensors[f"{index}.keys"].to(device), tensors[f"{index}.values"].to(device)
             layer.max_tokens, layer.columns = about["max_tokens"][index], about["columns"][index]
             state = layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-            state.keys, state.values = keys, values
+            state.keys.copy_(keys)  # into memory aligned as ever: kernels round otherwise
+            state.values.copy_(values)
             state.next, state.first = about["next"][index], about["first"][index]
             state.ended = about["ended"][index]
         return cache
