@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, choose_device
 
 
 def stream(
@@ -65,11 +65,7 @@ def stream(
     from longnet.plots import draw_by_position
 
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but this machine has no CUDA device: leave --device away")
+    place = choose_device(device)
     if not (model / "config.json").is_file():
         raise ValueError(f"{model} is no model: it holds no config.json")
     output.mkdir(parents=True, exist_ok=True)
