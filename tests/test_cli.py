@@ -44,7 +44,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "8:1", "-n", "x"], "unable to convert"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
         (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),
-        (["bench", "attention", "--device", "cuda"], "no CUDA device"),
+        (["bench", "attention", "--device", "cuda"], "--device = 'cuda', but torch finds no GPU"),
         (["bench", "attention", "--device", "gpu"], "--device must be auto, cpu or cuda, got 'gpu'"),
         (["show", "8:1", "-n", "8", "-o", "/"], "cannot draw"),
         (["bench", "attention", "--quick", "-o", "/dev/null/x"], "Not a directory"),

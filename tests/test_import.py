@@ -63,6 +63,7 @@ def test_the_models_come_when_asked_for():
 
 def test_the_public_names_are_these():
     assert longnet.__all__ == [
+        "DilatedCache",
         "DilationPattern",
         "LongNetConfig",
         "LongNetForCausalLM",

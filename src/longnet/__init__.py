@@ -9,9 +9,10 @@ from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 
 if TYPE_CHECKING:
-    from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetModel, use_dilated_attention
+    from longnet.model import DilatedCache, LongNetConfig, LongNetForCausalLM, LongNetModel, use_dilated_attention
 
 __all__ = [
+    "DilatedCache",
     "DilationPattern",
     "LongNetConfig",
     "LongNetForCausalLM",
@@ -20,7 +21,7 @@ __all__ = [
     "use_dilated_attention",
 ]
 
-_OF_MODEL = {"LongNetConfig", "LongNetForCausalLM", "LongNetModel", "use_dilated_attention"}
+_OF_MODEL = {"DilatedCache", "LongNetConfig", "LongNetForCausalLM", "LongNetModel", "use_dilated_attention"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,26 @@ from typing import Any
 import torch
 
 
+def find_device(name: str, *, option: str = "train.device") -> torch.device:
+    """Return the device called "cpu" or "cuda", or with "auto" a GPU where there is one.
+
+    Args:
+        name: one of the three.
+        option: where the user named it, for the error.
+
+    Raises:
+        ValueError: another name, or "cuda" on a machine without a GPU that torch can use.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{option} must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"{option} = 'cuda', but torch finds no GPU on this machine: choose auto (a CPU, then), or install a CUDA "
+            "build of torch where there is a GPU"
+        )
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Return the machine, versions, commit and time that every figure carries."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,3 +185,21 @@ def name_length(tokens: int) -> str:
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{letter}"
     return f"{tokens:,}"
+
+
+def draw_by_position(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw perplexity against position, with two standard errors, from rows with from, to, loss, standard_error."""
+    rows = [row for row in rows if row["from"] >= 1]
+    places = [math.sqrt(row["from"] * row["to"]) for row in rows]
+    low, high = ([math.exp(min(row["loss"] + sign * row["standard_error"], 700.0)) for row in rows] for sign in (-2, 2))
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    ax = figure.subplots()
+    ax.fill_between(places, low, high, color=_IDEAL, linewidth=0)
+    ax.plot(places, [math.exp(min(row["loss"], 700.0)) for row in rows], "o-", color=_DILATED, markersize=3)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xlabel("position")
+    ax.set_ylabel("perplexity")
+    ax.grid(alpha=0.3)
+    ax.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=120)

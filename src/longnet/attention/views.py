@@ -23,12 +23,16 @@ Strides = tuple[int, ...]  # of batch rows, heads, positions
 
 
 class Run(NamedTuple):
-    """Positions `start` … `stop` − 1 of `rows` batch rows from `row` on: real tokens that attend to one another."""
+    """Positions `start` … `stop` − 1 of `rows` batch rows from `row` on: real tokens that attend to one another.
+
+    A run that began before the tensors at hand has a negative start; `first` of its positions never existed.
+    """
 
     row: int
     rows: int
     start: int
     stop: int
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,8 @@ class Tile:
 
     Starts are the batch row, head and position of the first repetition. With `is_causal` the queries are the keys'
     rows; otherwise every query sees every key. `is_first`: no earlier tile of the plan has written these queries,
-    and they are also the rows of its keys.
+    and they are also the rows of its keys. With `is_kept` the keys' tensor holds the kept rows of branch `branch`
+    alone, one after the other, in place of every position.
     """
 
     row: int
@@ -62,6 +67,8 @@ class Tile:
     is_causal: bool
     is_first: bool
     axes: tuple[Axis, ...]
+    branch: int = 0
+    is_kept: bool = False
 
     @property
     def pairs(self) -> int:
@@ -88,35 +95,48 @@ def plan(
     num_heads: int,
     num_kv_heads: int,
     is_causal: bool,
+    is_streamed: bool = False,
 ) -> Plan:
-    """Lay out dilated attention as tiles. The queries are the last `q_tokens` of `k_tokens` positions."""
-    branches = sorted(pattern.branches, key=lambda branch: branch[1] != 1)  # one that writes every query comes first
+    """Lay out dilated attention as tiles. The queries are the last `q_tokens` of `k_tokens` positions.
+
+    With `is_streamed`, earlier rows of a query's segment are those that a streaming state has kept: `is_kept` tiles.
+    """
+    branches = sorted(enumerate(pattern.branches), key=lambda branch: branch[1][1] != 1)  # who writes all comes first
     tiles: list[Tile] = []
     skipped = k_tokens - q_tokens
     written = 0
     for run in runs:
-        q_from = max(0, skipped - run.start)
+        q_from = max(run.first, skipped - run.start)
         if q_from >= run.stop - run.start:
             continue
         written += run.rows * (run.stop - run.start - q_from)
-        for index, (length, rate) in enumerate(branches):
+        for index, (branch, (length, rate)) in enumerate(branches):
             is_first = index == 0 and rate == 1
             for base, count, positions, queried in _segments(run.stop - run.start, length, q_from):
-                tiles += _segment_tiles(
+                for tile, earlier, absent in _segment_tiles(
                     pattern,
                     length,
                     rate,
-                    run=run._replace(start=run.start + base),
+                    run=run._replace(start=run.start + base, first=max(0, run.first - base)),
                     count=count,
                     positions=positions,
                     queried=queried,
                     skipped=skipped,
                     num_heads=num_heads,
                     num_kv_heads=num_kv_heads,
-                    is_causal=is_causal,
-                    is_first=is_first,
-                )
-    return Plan(tuple(tiles), is_complete=branches[0][1] == 1 and written == batch_size * q_tokens)
+                ):
+                    if not is_causal:
+                        tiles.append(replace(tile, is_first=is_first))
+                        continue
+                    own = replace(tile, k_start=tile.q_start + skipped, k_rows=tile.q_rows, is_causal=True)
+                    tiles.append(replace(own, is_first=is_first))
+                    if is_streamed and earlier > absent:
+                        tiles.append(
+                            replace(tile, k_start=absent, k_rows=earlier - absent, branch=branch, is_kept=True)
+                        )
+                    elif earlier and not is_streamed:
+                        tiles.append(replace(tile, k_rows=earlier))
+    return Plan(tuple(tiles), is_complete=branches[0][1][1] == 1 and written == batch_size * q_tokens)
 
 
 def _segments(tokens: int, length: int, q_from: int) -> Iterator[tuple[int, int, int, int]]:
@@ -144,10 +164,12 @@ def _segment_tiles(
     skipped: int,
     num_heads: int,
     num_kv_heads: int,
-    is_causal: bool,
-    is_first: bool,
-) -> Iterator[Tile]:
-    """Yield the tiles of `count` equal segments from `run.start` on, queried from position `queried` of each on."""
+) -> Iterator[tuple[Tile, int, int]]:
+    """Yield the tiles of `count` equal segments from `run.start` on, queried from position `queried` of each on.
+
+    A tile's keys are all rows of its segment. With it come how many of them lie before the first query, and how many
+    of those before `run.first`.
+    """
     group = num_heads // num_kv_heads
     per_offset = -(
         -num_kv_heads // rate
@@ -159,7 +181,13 @@ def _segment_tiles(
         offset_step, head_step, offsets = per_offset, 1, -(-num_kv_heads // per_offset)
         full_offsets, heads_after = divmod(num_kv_heads, per_offset)
     # Between two cuts all offsets have as many heads, kept rows and queries as each other.
-    cuts = sorted({0, offsets, *(cut for cut in (full_offsets, positions % rate, queried % rate) if cut < offsets)})
+    cuts = sorted(
+        {
+            0,
+            offsets,
+            *(cut for cut in (full_offsets, *(n % rate for n in (positions, queried, run.first))) if cut < offsets),
+        }
+    )
     for low, high in itertools.pairwise(cuts):
         k_rows = kept_rows(positions, rate, low)
         earlier = kept_rows(queried, rate, low)
@@ -179,7 +207,7 @@ def _segment_tiles(
             k_rows=k_rows,
             rate=rate,
             is_causal=False,
-            is_first=is_first,
+            is_first=False,
             axes=(
                 Axis(run.rows, row=1),
                 Axis(count, position=length),
@@ -188,12 +216,37 @@ def _segment_tiles(
                 Axis(group, q_head=1),
             ),
         )
-        if not is_causal:
-            yield tile
-            continue
-        yield replace(tile, k_start=q_start, k_rows=q_rows, is_causal=True)
-        if earlier:
-            yield replace(tile, k_rows=earlier, is_first=False)
+        yield tile, earlier, kept_rows(run.first, rate, low)
+
+
+def kept_tiles(
+    pattern: DilationPattern, *, runs: tuple[Run, ...], num_kv_heads: int
+) -> Iterator[tuple[Tile, int, int]]:
+    """Lay out which rows of new keys (B, G, T, D) a streaming state keeps: those of each branch's last segment.
+
+    Yields:
+        A tile whose query rows are the keys to keep and whose key rows are their places in the state of its branch;
+        with it the first place and one past the last.
+    """
+    for run in runs:
+        tokens = run.stop - run.start
+        q_from = max(run.first, -run.start)
+        for branch, (length, rate) in enumerate(pattern.branches):
+            base = (tokens - 1) // length * length
+            for tile, earlier, _ in _segment_tiles(
+                pattern,
+                length,
+                rate,
+                run=run._replace(start=run.start + base, first=max(0, run.first - base)),
+                count=1,
+                positions=tokens - base,
+                queried=max(0, q_from - base),
+                skipped=0,
+                num_heads=num_kv_heads,
+                num_kv_heads=num_kv_heads,
+            ):
+                kept = replace(tile, k_start=earlier, k_rows=tile.q_rows, branch=branch, is_kept=True)
+                yield kept, earlier, earlier + tile.q_rows
 
 
 class Block(NamedTuple):
@@ -207,15 +260,17 @@ class Block(NamedTuple):
 
     def q(self, x_BHT: Tensor) -> Tensor:
         """View the rows of the queries, or of anything laid out like them: (batch, heads, rows, …)."""
+        tile = self.tile
         return self._view(
-            x_BHT, (self.batch.q_head, self.heads.q_head), self.tile.q_head, self.tile.q_start, self.tile.q_rows
+            x_BHT, (self.batch.q_head, self.heads.q_head), tile.q_head, tile.q_start, tile.q_rows, tile.rate
         )
 
     def kv(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, or of anything laid out like them; an axis that shares them has stride 0."""
-        return self._view(
-            x_BGT, (self.batch.kv_head, self.heads.kv_head), self.tile.kv_head, self.tile.k_start, self.tile.k_rows
-        )
+        tile = self.tile
+        rate = 1 if tile.is_kept else tile.rate
+        heads = (self.batch.kv_head, self.heads.kv_head)
+        return self._view(x_BGT, heads, tile.kv_head, tile.k_start, tile.k_rows, rate, moves_on=not tile.is_kept)
 
     def kv_once(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, each once: size 1 on an axis that shares them. For what is added up there."""
@@ -229,15 +284,25 @@ class Block(NamedTuple):
         """The kernel axes on which several query heads share one key/value head."""
         return tuple(dim for dim, axis in enumerate((self.batch, self.heads)) if axis.size > 1 and _shares_keys(axis))
 
-    def _view(self, x: Tensor, head_steps: tuple[int, int], head: int, start: int, rows: int) -> Tensor:
+    def _view(
+        self,
+        x: Tensor,
+        head_steps: tuple[int, int],
+        head: int,
+        start: int,
+        rows: int,
+        rate: int,
+        *,
+        moves_on: bool = True,
+    ) -> Tensor:
         row_stride, head_stride, position_stride, *rest = x.stride()
         strides = [
-            axis.row * row_stride + step * head_stride + axis.position * position_stride
+            axis.row * row_stride + step * head_stride + axis.position * position_stride * moves_on
             for axis, step in zip((self.batch, self.heads), head_steps, strict=True)
         ]
         return x.as_strided(
             (self.batch.size, self.heads.size, rows, *x.shape[3:]),
-            (*strides, self.tile.rate * position_stride, *rest),
+            (*strides, rate * position_stride, *rest),
             x.storage_offset() + self.tile.row * row_stride + head * head_stride + start * position_stride,
         )
 
@@ -258,6 +323,8 @@ def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_
 def _blocks(
     tile: Tile, q_strides: tuple[Strides, ...], kv_strides: tuple[Strides, ...], max_rows: int
 ) -> tuple[Block, ...]:
+    if tile.is_kept:  # repetitions lie at the same rows of the state, whatever their positions
+        kv_strides = tuple((row, head, 0) for row, head, _ in kv_strides)
     axes = _fold([axis for axis in tile.axes if axis.size > 1], q_strides, kv_strides)
     axes.sort(key=lambda axis: -axis.size)
     axes += [Axis(1)] * (2 - len(axes))
@@ -278,7 +345,7 @@ def _blocks(
                 q_head=tile.q_head + sum(axis.q_head * n for axis, n in moves),
                 kv_head=tile.kv_head + sum(axis.kv_head * n for axis, n in moves),
                 q_start=tile.q_start + sum(axis.position * n for axis, n in moves),
-                k_start=tile.k_start + sum(axis.position * n for axis, n in moves),
+                k_start=tile.k_start + (0 if tile.is_kept else sum(axis.position * n for axis, n in moves)),
             )
             calls.append(
                 Block(

@@ -35,20 +35,16 @@ def bench_attention(
     output
         Folder for attention.jsonl (rows are appended) and runtime.png.
     """
-    import torch
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from longnet.bench import attention, record
+    from longnet.measurement import find_device
     from longnet.plots import draw_runtime
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+    place = find_device(device, option="--device")
     output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the measurements, not after
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but this machine has no CUDA device: leave --device away")
     settings = attention.QUICK if quick else attention.Settings()
     if repeats is not None:
         at_least_one(repeats=repeats)
@@ -78,3 +74,65 @@ def bench_attention(
     about = record.provenance(place)
     draw_runtime(rows, output / "runtime.png", f"{about['device']}, torch {about['torch']}, {about['date'][:10]}")
     console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.png'}")
+
+
+@app.command(name="decode")
+def bench_decode(
+    *,
+    quick: bool = False,
+    sizes: bool = False,
+    device: str = "auto",
+    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("benchmarks/results"),
+) -> None:
+    """Time one token after the other at lengths up to a billion, with the DilatedCache and with the dense cache.
+
+    Parameters
+    ----------
+    quick
+        Fewer lengths and a smaller model: about a minute on two cores.
+    sizes
+        Only count the bytes of both caches for known shapes; measure nothing, write nothing.
+    device
+        "cpu", "cuda", or "auto" for CUDA where there is one.
+    output
+        Folder for decode.jsonl; rows are appended.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from longnet.bench import decode, record
+    from longnet.bench.attention import GateError
+    from longnet.measurement import find_device
+
+    place = find_device(device, option="--device")
+    console = Console()
+    table = Table(
+        "shape", "tokens", "dense cache", "DilatedCache", "times less", title="bytes, bfloat16", box=box.SIMPLE
+    )
+    for row in decode.cache_bytes():
+        figures = (f"{row['tokens']:,}", _size(row["dense_bytes"]), _size(row["dilated_bytes"]))
+        table.add_row(row["shape"], *figures, f"{row['times_less']:,.1f}")
+    console.print(table)
+    if sizes:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = list(decode.run(decode.QUICK if quick else decode.Settings(), place))
+    except GateError as error:
+        sys.exit(f"longnet: {error}")
+    table = Table("cache", "tokens before", "tokens/s", "time / shortest", "bytes", title="decoding", box=box.SIMPLE)
+    for row in rows:
+        speed = (f"{row['tokens_per_second']:,.1f}", f"{row['over_shortest']:.2f}×")
+        table.add_row(row["cache"], f"{row['context']:,}", *speed, _size(row["cache_bytes"]))
+    console.print(table)
+    record.append(rows, output / "decode.jsonl", place)
+    console.print(f"rows in {output / 'decode.jsonl'}")
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            break
+        number /= 1024
+    return f"{number:,.1f} {unit}"

@@ -63,15 +63,15 @@ def evaluate(
     """
     from rich.console import Console
 
-    from longnet.cli.model import find_device, load_model, load_tokenizer, refuse_other_vocabulary
+    from longnet.cli.model import load_model, load_tokenizer, refuse_other_vocabulary
     from longnet.data.shards import TokenData
     from longnet.evaluation.passkey import doubling_distances, iterate_passkey, make_prompts
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation
-    from longnet.measurement import provenance
+    from longnet.measurement import find_device, provenance
 
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
-    place = find_device(device)
+    place = find_device(device, option="--device")
     loaded = load_model(model, place, attention)
     token_data = TokenData.open(data)
     refuse_other_vocabulary(loaded.folder, int(loaded.model.config.vocab_size), data, token_data.vocab_size)

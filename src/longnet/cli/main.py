@@ -20,6 +20,7 @@ app.command(
     "longnet.cli.compare:app", name="compare", help="Train one model with three attentions; report the paper's Table 2."
 )
 app.command("longnet.cli.info:info", help="What a recipe, a model or a data folder is, and needs.")
+app.command("longnet.cli.stream:stream", help="Read files as one sequence of any length, in constant memory.")
 app.command("longnet.cli.bench:app", name="bench", help="Measure, each figure behind a check that the result is right.")
 
 

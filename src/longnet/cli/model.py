@@ -26,21 +26,6 @@ class Loaded(NamedTuple):
     training_length: int | None
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device that `--device` names.
-
-    Raises:
-        ValueError: another name, or "cuda" without a GPU.
-    """
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch finds no GPU on this machine: leave --device away")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def load_model(path: Path, device: torch.device, attention: str | None = None) -> Loaded:
     """Load a model.
 

@@ -18,13 +18,13 @@ from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.document import write_text
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import ContextResult, evaluate_contexts
-from longnet.measurement import peak_bytes, provenance
+from longnet.measurement import find_device, peak_bytes, provenance
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.budget import count_parameters, step_flops
 from longnet.model.cost import attention_flops
 from longnet.model.interface import pattern_of, sparse_pattern_of
 from longnet.training.config import Recipe
-from longnet.training.loop import find_device, train
+from longnet.training.loop import train
 
 RESULT, FAILURE = "result.json", "failure.json"
 STOPPED = 3  # exit status of a cell that was told to stop and has left a checkpoint

@@ -14,9 +14,9 @@ from longnet.comparison.process import Stop
 from longnet.comparison.timing import Timing, load_timing, save_timing
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import unit_starts
+from longnet.measurement import find_device
 from longnet.training.checkpoint import lock_run
 from longnet.training.config import Tables, to_toml
-from longnet.training.loop import find_device
 
 _PLAN = "comparison.json"
 # What may change between two runs of the command: where things lie and what is told, nothing that is learned.

@@ -17,9 +17,9 @@ from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.document import write_text
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
-from longnet.measurement import interleaved, provenance
+from longnet.measurement import find_device, interleaved, provenance
 from longnet.model import LongNetForCausalLM
-from longnet.training.loop import accumulate_gradients, find_device
+from longnet.training.loop import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 
 TIMING = "timing.json"

@@ -7,122 +7,18 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils.output_capturing import _active_collector
 
-from longnet.attention.dilated import attend_within, document_bounds, padding_bounds
+from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
-from longnet.model.visibility import read_bounds
-
-
-@dataclass(frozen=True, slots=True)
-class Visible:
-    """What a forward pass may see, read from its masks once for all layers.
-
-    Args:
-        tokens: valid keys; the queries are the last of them. A static cache holds more rows.
-        q_tokens: queries.
-        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens; None where all are real.
-        is_causal: keys after the query are hidden.
-        is_padded: `bounds` come from a padding mask, not from packed documents.
-        refusal: why the attention of this pass cannot be dilated; raised by the first layer that needs it, since some
-            models build masks that no layer uses.
-        documents: cu_seq_lens that a layer has read, and their bounds, so that the next ones need not wait for the
-            device.
-    """
-
-    tokens: int
-    q_tokens: int
-    bounds: Tensor | None
-    is_causal: bool
-    is_padded: bool
-    refusal: str | None
-    documents: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
-
-    @property
-    def ndim(self) -> int:
-        """4, as of every mask that is made: transformers asks, and makes masks of what has fewer dimensions."""
-        return 4
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """That of a mask which is the same for all batch rows and heads, for models that read off its last."""
-        return (1, 1, self.q_tokens, self.tokens)
-
-    def contiguous(self) -> Visible:
-        """Return itself; generate() asks this of every mask that it makes ahead."""
-        return self
-
-
-def visible_tokens(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | Visible | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Visible:
-    """Describe a mask: the mask function of "dilated" and "sparse_fixed", with the signature of transformers.
-
-    Documents packed into a row reach this function only inside `mask_function`, which is asked at O(T) points: where
-    a token cannot see the one before, a document starts. The same points rule out windows, chunks and image blocks.
-
-    Raises:
-        ValueError: padding within a row's real tokens, or a mask that is no documents end to end.
-    """
-    if isinstance(attention_mask, Visible):
-        return attention_mask
-    tokens = int(q_offset) + q_length
-    # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
-    is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
-    refusal = None
-    if use_vmap:
-        refusal = (
-            "a custom mask function (or_mask_function, and_mask_function) cannot be honoured: every token of a segment "
-            "is seen"
-        )
-    elif not is_causal and kv_length != tokens:
-        refusal = (
-            f"{q_length} queries against {kv_length} keys of another sequence cannot be honoured: cross-attention has "
-            "no segments in common"
-        )
-    elif kv_offset != 0 or (local_size is not None and local_size < tokens):
-        refusal = _window_refusal(local_size, tokens)
-    bounds = None
-    if refusal is None:
-        if attention_mask is not None:
-            mask = attention_mask[:, :tokens].to(torch.bool)
-            if mask.shape[1] < tokens:
-                mask = nn.functional.pad(mask, (0, tokens - mask.shape[1]))
-            bounds = padding_bounds(mask)
-        if mask_function not in (causal_mask_function, bidirectional_mask_function):
-            documents = read_bounds(
-                mask_function, batch_size=batch_size, q_tokens=q_length, tokens=tokens, padding=bounds,
-                is_causal=is_causal, device=torch.device(device),
-            )  # fmt: skip
-            bounds = documents if attention_mask is None else bounds
-    return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal)
-
-
-def _window_refusal(window: int | None, tokens: int) -> str:
-    return (
-        f"a sliding window or chunk of {window} over {tokens} tokens cannot be honoured: dilated attention has its own "
-        "local branch. Switch the window off in the config (sliding_window=None, or layer_types all 'full_attention'), "
-        "or keep sequences within it"
-    )
+from longnet.model.cache import StreamedKeys
+from longnet.model.visibility import Visible, visible_tokens, window_refusal
 
 
 def dilated_attention_forward(
@@ -154,9 +50,17 @@ def dilated_attention_forward(
     Raises:
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
-    pattern = pattern_of(_config_of(module))
+    config = _config_of(module)
+    if isinstance(key, StreamedKeys):
+        pattern = key.layer.pattern  # made once; a step is short
+        if not _is_of(pattern, config):
+            raise ValueError(f"this DilatedCache is for the pattern {pattern}, the model's is {pattern_of(config)}")
+    else:
+        pattern = pattern_of(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        if isinstance(key, StreamedKeys):
+            return key.layer.attend(q, scale=scaling, bounds=bounds)
         return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
 
     return _attend("dilated", attend, module, query, key, value, attention_mask, dropout, kwargs)
@@ -205,7 +109,7 @@ def _attend(
             f"{name} attention got a mask of shape {tuple(visible.shape)}, which it cannot honour: pass a 2-D padding "
             'mask (batch, tokens), or cu_seq_lens for packed documents, or attn_implementation="sdpa"'
         )
-    refusal = _refusal(module, query, key, value, visible, dropout, kwargs)
+    refusal = _refusal(name, module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
         raise ValueError(
             f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
@@ -242,7 +146,17 @@ _REFUSED = {
 }
 
 
+def _stream_refusal(name: str, visible: Visible | None, kwargs: dict[str, Any]) -> str | None:
+    if name != "dilated":
+        return f"a DilatedCache cannot serve {name} attention: use the dynamic or the static cache"
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return "packed documents cannot be continued from a cache: pass use_cache=False"
+    is_causal = visible.is_causal if visible is not None else kwargs.get("is_causal", True)
+    return None if is_causal else "a DilatedCache serves causal attention alone"
+
+
 def _refusal(
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -255,6 +169,10 @@ def _refusal(
     for keyword, reason in _REFUSED.items():
         if kwargs.get(keyword) is not None:
             return reason
+    if isinstance(key, StreamedKeys):
+        refusal = _stream_refusal(name, visible, kwargs)
+        if refusal is not None:
+            return refusal
     if kwargs.get("output_attentions") or _wants_weights():
         return "output_attentions=True cannot be honoured: the weights are never formed"
     if dropout:
@@ -279,14 +197,16 @@ def _refusal(
         if visible.refusal is not None:
             return visible.refusal
         tokens = visible.tokens
-        if query.shape[2] != visible.q_tokens or key.shape[2] < tokens:
+        if visible.skipped != (key.layer.columns if isinstance(key, StreamedKeys) else 0):
+            return "the mask was made without the cache, or for another one: pass past_key_values to both"
+        if query.shape[2] != visible.q_tokens or key.shape[2] < tokens - visible.skipped:
             return (
                 f"the mask tells of {visible.q_tokens} queries and {tokens} keys, the layer has {query.shape[2]} and "
                 f"{key.shape[2]}"
             )
     window = kwargs.get("sliding_window")
     if window is not None and window < tokens:
-        return _window_refusal(window, tokens)
+        return window_refusal(window, tokens)
     is_causal = kwargs.get("is_causal")
     if visible is not None and is_causal is not None and bool(is_causal) != visible.is_causal:
         return f"is_causal={is_causal} contradicts the mask: set is_causal in the config instead"
@@ -331,6 +251,14 @@ def pattern_of(config: PreTrainedConfig) -> DilationPattern:
             "dilation_rates in the config"
         )
     return DilationPattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
+
+
+def _is_of(pattern: DilationPattern, config: PreTrainedConfig) -> bool:
+    return (
+        pattern.segment_lengths == tuple(config.segment_lengths)
+        and pattern.dilation_rates == tuple(config.dilation_rates)
+        and pattern.head_offsets == (getattr(config, "head_offsets", None) or "mod")
+    )
 
 
 def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:

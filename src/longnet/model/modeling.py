@@ -240,11 +240,13 @@ class LongNetModel(LongNetPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens needs position_ids that restart with each document, as collators send them")
-        past_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_tokens = past_columns = 0
+        if past_key_values is not None:
+            past_tokens, past_columns = past_key_values.get_seq_length(), past_key_values.get_query_offset()
         rotations = None
         highest = None
         if position_ids is None:
-            position_ids = _positions(hidden_states, attention_mask, past_tokens)
+            position_ids = _positions(hidden_states, attention_mask, past_tokens, past_columns)
             highest = past_tokens + hidden_states.shape[1] - 1
         elif attention_mask is None and (use_cache or past_key_values is not None):
             _refuse_packed(position_ids)
@@ -402,15 +404,17 @@ def _zero_padding(embedding: nn.Embedding) -> None:
         embedding.weight[embedding.padding_idx].zero_()
 
 
-def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens: Any) -> Tensor:
+def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens: Any, past_columns: Any) -> Tensor:
     tokens = hidden_states.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
-        if isinstance(past_tokens, int) and attention_mask.shape[1] != past_tokens + tokens:
+        if isinstance(past_tokens, int) and attention_mask.shape[1] != past_columns + tokens:
             raise ValueError(
-                f"attention_mask must cover the {past_tokens} cached and the {tokens} new tokens, got "
+                f"attention_mask must cover the {past_columns} cached and the {tokens} new tokens, got "
                 f"{tuple(attention_mask.shape)}"
             )
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        columns: Tensor = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+        columns += past_tokens - past_columns
+        return columns
     positions: Tensor = torch.arange(tokens, device=hidden_states.device) + past_tokens
     return positions[None]
 

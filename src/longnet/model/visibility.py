@@ -1,12 +1,131 @@
-"""Packed documents, read from a mask function of transformers at O(T) points."""
+"""What a forward pass may see, read from the masks of transformers at O(T) points."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from longnet.attention.dilated import padding_bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What a forward pass may see, read from its masks once for all layers.
+
+    Args:
+        tokens: valid keys; the queries are the last of them. A static cache holds more rows.
+        q_tokens: queries.
+        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens; None where all are real.
+            They count from `skipped`.
+        is_causal: keys after the query are hidden.
+        is_padded: `bounds` come from a padding mask, not from packed documents.
+        refusal: why the attention of this pass cannot be dilated; raised by the first layer that needs it, since some
+            models build masks that no layer uses.
+        skipped: leading ones of `tokens` whose keys the attention is not given, since a DilatedCache keeps what is
+            needed of them.
+        documents: cu_seq_lens that a layer has read, and their bounds, so that the next ones need not wait for the
+            device.
+    """
+
+    tokens: int
+    q_tokens: int
+    bounds: Tensor | None
+    is_causal: bool
+    is_padded: bool
+    refusal: str | None
+    skipped: int = 0
+    documents: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    @property
+    def ndim(self) -> int:
+        """4, as of every mask that is made: transformers asks, and makes masks of what has fewer dimensions."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of a mask which is the same for all batch rows and heads, for models that read off its last."""
+        return (1, 1, self.q_tokens, self.tokens)
+
+    def contiguous(self) -> Visible:
+        """Return itself; generate() asks this of every mask that it makes ahead."""
+        return self
+
+
+def visible_tokens(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | Visible | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Visible:
+    """Describe a mask: the mask function of "dilated" and "sparse_fixed", with the signature of transformers.
+
+    Documents packed into a row reach this function only inside `mask_function`, which is asked at O(T) points: where
+    a token cannot see the one before, a document starts. The same points rule out windows, chunks and image blocks.
+
+    Raises:
+        ValueError: padding within a row's real tokens, or a mask that is no documents end to end.
+    """
+    if isinstance(attention_mask, Visible):
+        return attention_mask
+    tokens = int(q_offset) + q_length
+    # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
+    is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
+    is_streamed = kv_offset == q_offset and kv_length == q_length  # what a DilatedCache says of its keys
+    skipped = kv_offset if is_streamed else 0
+    refusal = None
+    if use_vmap:
+        refusal = (
+            "a custom mask function (or_mask_function, and_mask_function) cannot be honoured: every token of a segment "
+            "is seen"
+        )
+    elif not is_causal and kv_length != tokens - skipped:
+        refusal = (
+            f"{q_length} queries against {kv_length} keys of another sequence cannot be honoured: cross-attention has "
+            "no segments in common"
+        )
+    elif (kv_offset != 0 and not is_streamed) or (local_size is not None and local_size < tokens):
+        refusal = window_refusal(local_size, tokens)
+    bounds = None
+    if refusal is None:
+        if attention_mask is not None:
+            if skipped and attention_mask.shape[1] < tokens:
+                raise ValueError(
+                    f"attention_mask must cover the {skipped} cached and the {q_length} new tokens, got "
+                    f"{tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask[:, skipped:tokens].to(torch.bool)
+            if mask.shape[1] < tokens - skipped:
+                mask = nn.functional.pad(mask, (0, tokens - skipped - mask.shape[1]))
+            bounds = padding_bounds(mask)
+        if mask_function not in (causal_mask_function, bidirectional_mask_function):
+            documents = read_bounds(
+                mask_function, batch_size=batch_size, q_tokens=q_length, tokens=tokens, padding=bounds,
+                is_causal=is_causal, device=torch.device(device),
+            )  # fmt: skip
+            bounds = documents if attention_mask is None else bounds
+    return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal, skipped)
+
+
+def window_refusal(window: int | None, tokens: int) -> str:
+    """Say why a window shorter than the text cannot be honoured."""
+    return (
+        f"a sliding window or chunk of {window} over {tokens} tokens cannot be honoured: dilated attention has its own "
+        "local branch. Switch the window off in the config (sliding_window=None, or layer_types all 'full_attention'), "
+        "or keep sequences within it"
+    )
 
 
 def read_bounds(

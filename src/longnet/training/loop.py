@@ -25,6 +25,7 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
+from longnet.measurement import find_device
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
 from longnet.training.checkpoint import (
@@ -101,22 +102,6 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
                 recipe, output, data, tables, windows, model, optimizer, state, screen, metrics, stop, checkpoint
             )
             return run.run()
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device that a recipe names: "cpu", "cuda", or "auto" for a GPU where there is one.
-
-    Raises:
-        ValueError: "cuda" on a machine without a GPU that torch can use.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "train.device = 'cuda', but torch finds no GPU on this machine: use --train.device auto (a CPU, then), "
-            "or a CUDA build of torch where there is one"
-        )
-    return torch.device(name)
 
 
 def accumulate_gradients(

@@ -1,0 +1,409 @@
+"""Causal dilated attention over a sequence that arrives in pieces, with a state that does not grow. Not in the paper.
+
+Branch i needs of the past only the kept rows of its current segment, ceil(w_i / r_i) a key/value head: every earlier
+segment is closed to later queries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.attention.backends import dispatch, sdpa
+from longnet.attention.merge import merge_
+from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.tiles import attend_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.views import Run, Tile, blocks, kept_tiles, plan
+
+
+class _Step(NamedTuple):
+    """What an undone step needs: its keys, what they replaced, and where every batch row stood."""
+
+    k: Tensor
+    v: Tensor
+    runs: tuple[Run, ...]
+    next: tuple[int, ...]
+    first: tuple[int, ...]
+    ended: tuple[bool, ...]
+    replaced: list[tuple[int, int, int, Tensor, Tensor]]  # branch, first place, one past the last, keys, values
+
+
+class StreamState:
+    """The kept keys and values of one layer: what causal dilated attention needs of all earlier tokens.
+
+    Keys are one tensor, (B, G, rows, D), the branches one after the other, each with ceil(min(w_i, max_tokens) / r_i)
+    rows, `pattern.state_rows` together; values likewise. Rows are written in place and never moved. Batch rows may
+    stand at different positions. Positions are Python ints: any length.
+
+    Args:
+        pattern: the branches.
+        batch_size: B.
+        num_kv_heads: G.
+        head_dim: D.
+        dtype: of keys and values.
+        device: of keys and values.
+        start: position of the first token, as if so many tokens had passed unseen.
+        max_tokens: room for sequences up to this length, which grows when one is longer; None for any length.
+
+    Attributes:
+        keys: (B, G, rows, D).
+        values: (B, G, rows, D).
+        next: position of the next token, per batch row.
+        first: position of the first token, per batch row.
+        ended: whether padding has followed a batch row's tokens.
+    """
+
+    def __init__(
+        self,
+        pattern: DilationPattern,
+        *,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        start: int = 0,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.pattern, self.start = pattern, start
+        self.max_tokens = max(pattern.segment_lengths) if max_tokens is None else max_tokens
+        self._edges = self._edges_of(self.max_tokens)
+        self._branches = [(length, rate, *_offsets(pattern, rate, num_kv_heads)) for length, rate in pattern.branches]
+        # Zeros: a file of this state must not carry what the memory held before.
+        shape = (batch_size, num_kv_heads, self._edges[-1], head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_recording = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget every token."""
+        batch_size = self.keys.shape[0]
+        self.next, self.first = [self.start] * batch_size, [self.start] * batch_size
+        self.ended = [False] * batch_size
+        self._steps: list[_Step] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, bounds: Tensor | None = None) -> Tensor:
+        """Attend with the next tokens to themselves and to the past, then keep of them what later ones need.
+
+        The result carries no gradient; a backward pass through it raises.
+
+        Args:
+            q: (B, H, T, D), H a multiple of G.
+            k: (B, G, T, D).
+            v: (B, G, T, D).
+            scale: factor on q·k, D ** -0.5 when None.
+            bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of the real tokens among the T, at most one run a
+                row; None where all are real.
+
+        Returns:
+            out (B, H, T, D) like q; 0 for padding and for queries that no branch keeps.
+
+        Raises:
+            ValueError: tensors that do not fit the state, or padding between the real tokens of a row.
+        """
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out: Tensor = _WithoutGradient.apply(self, q, k, v, scale, bounds)  # type: ignore[no-untyped-call]
+            return out
+        return self._attend(q, k, v, scale, bounds)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bounds: Tensor | None) -> Tensor:
+        self._check(q, k, v)
+        head_dim, tokens = q.shape[3], q.shape[2]
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        kernel = dispatch.choose("auto", q.device, q.dtype, head_dim)
+        q, k, v = (rows_dense(x) for x in (q, k, v))
+        runs = self._runs(tokens, bounds)
+        self._reserve(max((run.stop - run.start for run in runs), default=0))
+        self._begin(k, v, runs)
+        out, lse = empty_like(q), empty_lse(q)
+        if tokens == 1:
+            is_written = self.pattern.branches[0][1] == 1 and sum(run.rows for run in runs) == q.shape[0]
+            if not is_written:
+                out.zero_()
+                lse.fill_(-torch.inf)
+            for run in runs:
+                self._attend_position(kernel, q, k, v, out, lse, run, scale, is_first=is_written)
+        else:
+            out = self._attend_many(kernel, q, k, v, out, lse, runs, scale)
+            self._keep(k, v, runs)
+        self._advance(tokens, runs)
+        return out.to(q.dtype)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        batch_size, num_kv_heads, _, head_dim = self.keys.shape
+        if (
+            k.shape != (batch_size, num_kv_heads, q.shape[2], head_dim)
+            or q.shape[0] != batch_size
+            or v.shape != k.shape
+        ):
+            raise ValueError(
+                f"the cache holds {batch_size} rows of {num_kv_heads} key/value heads with {head_dim} channels, got q "
+                f"{tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: make one of this batch size"
+            )
+        if k.dtype != self.keys.dtype or k.device != self.keys.device:
+            raise ValueError(
+                f"the cache holds {self.keys.dtype} on {self.keys.device}, got keys in {k.dtype} on {k.device}: "
+                "make it with this dtype and device, or move it with .to()"
+            )
+
+    def _attend_many(
+        self,
+        kernel: sdpa.Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        runs: tuple[Run, ...],
+        scale: float,
+    ) -> Tensor:
+        tiles, is_complete = plan(
+            self.pattern, runs=runs, batch_size=q.shape[0], q_tokens=q.shape[2], k_tokens=q.shape[2],
+            num_heads=q.shape[1], num_kv_heads=k.shape[1], is_causal=True, is_streamed=True,
+        )  # fmt: skip
+        if not is_complete:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        own = [tile for tile in tiles if not tile.is_kept]
+        out, lse = attend_tiles(kernel, own, q, k, v, out, lse, scale=scale)
+        kept: dict[int, list[Tile]] = {}
+        for tile in tiles:
+            if tile.is_kept:
+                kept.setdefault(tile.branch, []).append(tile)
+        for branch, of_branch in kept.items():
+            out, lse = attend_tiles(kernel, of_branch, q, *self._of_branch(branch), out, lse, scale=scale)
+        return out
+
+    def _keep(self, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> None:
+        for tile, low, high in kept_tiles(self.pattern, runs=runs, num_kv_heads=k.shape[1]):
+            keys, values = self._of_branch(tile.branch)
+            self._save(tile.branch, low, high)
+            for block in blocks(tile, (k, v), (keys, values), 2**62):
+                block.kv(keys).copy_(block.q(k))
+                block.kv(values).copy_(block.q(v))
+
+    def _attend_position(
+        self,
+        kernel: sdpa.Kernel,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        run: Run,
+        scale: float,
+        *,
+        is_first: bool,
+    ) -> None:
+        # One token: no plan, since its place in every branch changes with each step. The few branches that keep it
+        # have their rows and heads side by side; the query heads of one key/value head are the rows of a tile.
+        group, head_dim = q.shape[1] // k.shape[1], q.shape[3]
+        position = run.stop - run.start - 1
+        q_row, q_head, _, _ = q.stride()
+        out_row, out_head, _, _ = out.stride()
+        lse_row, lse_head, _ = lse.stride()
+        row, head, place, _ = self.keys.stride()
+        for branch, (length, rate, offsets, heads_apart, offsets_apart) in enumerate(self._branches):
+            inside = position % length
+            offset = inside % rate
+            if offset >= offsets:
+                continue
+            low = offset * offsets_apart
+            heads = -(-(k.shape[1] - low) // heads_apart)
+            if heads_apart == 1:
+                heads = min(heads, offsets_apart) if offsets > 1 else heads
+            absent = max(0, kept_rows(run.first - position + inside, rate, offset))
+            last = self._edges[branch] + inside // rate
+            own = slice(low, low + (heads - 1) * heads_apart + 1, heads_apart)
+            rows = slice(run.row, run.row + run.rows)
+            self._save(branch, inside // rate, inside // rate + 1)
+            self.keys[rows, own, last] = k[rows, own, 0]
+            self.values[rows, own, last] = v[rows, own, 0]
+            count = inside // rate + 1 - absent
+            k_size, k_stride = (run.rows, heads, count, head_dim), (row, heads_apart * head, place, 1)
+            k_from = run.row * row + low * head + (self._edges[branch] + absent) * place
+            size, step, at = (run.rows, heads, group, head_dim), heads_apart * group, low * group
+            tile_out, tile_lse = kernel.attend(
+                q.as_strided(
+                    size, (q_row, step * q_head, q_head, 1), q.storage_offset() + run.row * q_row + at * q_head
+                ),
+                self.keys.as_strided(k_size, k_stride, k_from),
+                self.values.as_strided(k_size, k_stride, k_from),
+                is_causal=False,
+                scale=scale,
+            )
+            so_far = (
+                out.as_strided(size, (out_row, step * out_head, out_head, 1), run.row * out_row + at * out_head),
+                lse.as_strided(size[:3], (lse_row, step * lse_head, lse_head), run.row * lse_row + at * lse_head),
+            )
+            if is_first and branch == 0:
+                so_far[0].copy_(tile_out)
+                so_far[1].copy_(tile_lse)
+            else:
+                merge_(*so_far, tile_out, tile_lse)
+
+    def _runs(self, tokens: int, bounds: Tensor | None) -> tuple[Run, ...]:
+        """Return where the real tokens of each batch row lie, equal neighbours as one run."""
+        spans = [(0, tokens)] * len(self.next)
+        if bounds is not None:
+            spans = [(0, 0)] * len(self.next)
+            for row, start, stop in bounds.tolist():
+                spans[row] = (start, stop)
+        runs: list[Run] = []
+        for row, ((start, stop), position, first) in enumerate(zip(spans, self.next, self.first, strict=True)):
+            if start == stop:
+                continue
+            if self.ended[row] or (start and position > first):
+                raise ValueError(
+                    f"row {row} has padding between its tokens, which a cache cannot honour: pad on the left, before "
+                    "the first of them"
+                )
+            last = runs[-1] if runs else None
+            if last and (last.row + last.rows, last.start, last.stop, last.first) == (
+                row,
+                start - position,
+                stop,
+                first,
+            ):
+                runs[-1] = last._replace(rows=last.rows + 1)
+            else:
+                runs.append(Run(row, 1, start - position, stop, first))
+        return tuple(runs)
+
+    def _advance(self, tokens: int, runs: tuple[Run, ...]) -> None:
+        idle = {row for row, position in enumerate(self.next) if position > self.first[row]}
+        for run in runs:
+            for row in range(run.row, run.row + run.rows):
+                self.next[row] = run.stop - run.start
+                if run.stop == tokens:
+                    idle.discard(row)
+                else:
+                    idle.add(row)
+        for row in idle:
+            self.ended[row] = True
+
+    def kept(self, branch: int, *, row: int, head: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (n, D) that branch `branch` still holds for later queries of a batch row."""
+        length, rate = self.pattern.branches[branch]
+        offset = self.pattern.offset(rate, head, self.keys.shape[1])
+        inside = self.next[row] % length
+        low = kept_rows(self.first[row] - self.next[row] + inside, rate, offset)
+        places = slice(self._edges[branch] + low, self._edges[branch] + kept_rows(inside, rate, offset))
+        return self.keys[row, head, places], self.values[row, head, places]
+
+    def record(self, *, is_on: bool) -> None:
+        """Keep what each step replaces until the next `crop`, which may then go back across segments; or stop it."""
+        self.is_recording = is_on
+        self._steps = []
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens, padding included.
+
+        Raises:
+            ValueError: rows of an earlier segment would be needed, which are gone, or padding would be cropped.
+        """
+        left = tokens
+        while left > 0 and self._steps:
+            step = self._steps.pop()
+            for branch, low, high, *replaced in reversed(step.replaced):
+                for of_branch, before in zip(self._of_branch(branch), replaced, strict=True):
+                    of_branch[:, :, low:high] = before
+            self.next, self.first, self.ended = list(step.next), list(step.first), list(step.ended)
+            left -= step.k.shape[2]
+            if left < 0:
+                stay = -left
+                runs = tuple(run._replace(stop=min(run.stop, stay)) for run in step.runs)
+                runs = tuple(run for run in runs if run.stop > max(0, run.start + run.first))
+                self._steps, is_recording, self.is_recording = [], self.is_recording, False
+                self._keep(step.k[:, :, :stay], step.v[:, :, :stay], runs)
+                self._advance(stay, runs)
+                self.is_recording = is_recording
+        self._steps = []
+        if left > 0:
+            self._crop_within_segments(left)
+
+    def _crop_within_segments(self, tokens: int) -> None:
+        for position, first, ended in zip(self.next, self.first, self.ended, strict=True):
+            if ended or position - tokens < first:
+                raise ValueError(f"cannot crop {tokens} tokens: a row holds {position - first}, or ends in padding")
+            for length, _ in self.pattern.branches:
+                if position - tokens < (position - 1) // length * length:
+                    raise ValueError(
+                        f"cannot crop {tokens} tokens at position {position}: a segment of {length} began since, and "
+                        "the rows before it are gone. Call activate_past_recording() before the tokens that may have "
+                        "to go"
+                    )
+        self.next = [position - tokens for position in self.next]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make the batch of the rows given, in their order; a row may come again."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self.next, self.first = [self.next[row] for row in rows], [self.first[row] for row in rows]
+        self.ended = [self.ended[row] for row in rows]
+        self._steps = []
+
+    def _begin(self, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> None:
+        if self.is_recording:
+            where = tuple(self.next), tuple(self.first), tuple(self.ended)
+            self._steps.append(_Step(k, v, runs, *where, []))
+
+    def _save(self, branch: int, low: int, high: int) -> None:
+        if self.is_recording:
+            keys, values = (x[:, :, low:high].clone() for x in self._of_branch(branch))
+            self._steps[-1].replaced.append((branch, low, high, keys, values))
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room for sequences of `tokens`, where the room asked for at first was smaller."""
+        if tokens <= self.max_tokens:
+            return
+        self.max_tokens = max(tokens, 2 * self.max_tokens)
+        old, self._edges = self._edges, self._edges_of(self.max_tokens)
+        if old == self._edges:
+            return
+        keys, values = self.keys, self.values
+        shape = (*keys.shape[:2], self._edges[-1], keys.shape[3])
+        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
+        for branch, (low, high) in enumerate(itertools.pairwise(old)):
+            for new, before in zip(self._of_branch(branch), (keys, values), strict=True):
+                new[:, :, : high - low] = before[:, :, low:high]
+
+    def _of_branch(self, branch: int) -> tuple[Tensor, Tensor]:
+        low, high = self._edges[branch : branch + 2]
+        return self.keys[:, :, low:high], self.values[:, :, low:high]
+
+    def _edges_of(self, tokens: int) -> list[int]:
+        rows = [kept_rows(min(length, tokens), rate, 0) for length, rate in self.pattern.branches]
+        return list(itertools.accumulate(rows, initial=0))
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, state: StreamState, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bounds: Tensor | None
+    ) -> Tensor:
+        return state._attend(q, k, v, scale, bounds)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "a DilatedCache keeps no gradients: train without a cache, or with transformers' DynamicCache"
+        )
+
+
+def _offsets(pattern: DilationPattern, rate: int, num_kv_heads: int) -> tuple[int, int, int]:
+    """Return how many offsets the heads have, how far apart heads of one offset are, and the first heads of two."""
+    if pattern.head_offsets == "mod":
+        return min(rate, num_kv_heads), rate, 1
+    per_offset = -(-num_kv_heads // rate)
+    return -(-num_kv_heads // per_offset), 1, per_offset

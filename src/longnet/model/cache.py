@@ -1,0 +1,347 @@
+"""DilatedCache: a transformers cache whose size does not depend on the length of the text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from longnet.attention.pattern import DilationPattern
+from longnet.attention.streaming import StreamState
+
+_FORMAT = "longnet cache 1"
+_PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # windows that hide something are refused
+
+
+class StreamedKeys(Tensor):
+    """New keys on their way from the cache to the attention, which finds the earlier ones in `layer`."""
+
+    layer: DilatedLayer
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from them is a plain tensor
+
+
+class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """The state of one layer, in transformers' terms.
+
+    `update` returns the new keys and values alone; `attend` attends with them to themselves and to the past, and keeps
+    of them what later tokens need.
+    """
+
+    is_croppable = True  # once activate_past_recording has been called, as transformers does before it needs it
+
+    def __init__(self, pattern: DilationPattern, *, start: int, max_tokens: int | None) -> None:
+        self.pattern, self.start, self.max_tokens = pattern, start, max_tokens
+        self.columns = 0
+        self.record_past = False
+        self.state: StreamState | None = None
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether there is room for keys and values."""
+        return self.state is not None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, rows, D), the branches one after the other."""
+        return None if self.state is None else self.state.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, rows, D)."""
+        return None if self.state is None else self.state.values
+
+    @property
+    def batch_size(self) -> int:
+        """B, or −1 as long as no keys have come."""
+        return -1 if self.state is None else self.state.keys.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> StreamState:  # type: ignore[override]
+        """Make room for keys and values like these."""
+        self.state = StreamState(
+            self.pattern,
+            batch_size=key_states.shape[0],
+            num_kv_heads=key_states.shape[1],
+            head_dim=key_states.shape[3],
+            dtype=key_states.dtype,
+            device=key_states.device,
+            start=self.start,
+            max_tokens=self.max_tokens,
+        )
+        self.state.record(is_on=self.record_past)
+        return self.state
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values (B, G, T, D), for `attend`, and return them."""
+        if self._new is not None:
+            raise ValueError(
+                "a DilatedCache got keys that no attention read: it serves attn_implementation='dilated' alone, see "
+                "longnet.use_dilated_attention"
+            )
+        if self.state is None:
+            self.lazy_initialization(key_states, value_states)
+        self._new = key_states, value_states
+        keys = key_states.as_subclass(StreamedKeys)
+        keys.layer = self
+        return keys, value_states
+
+    def attend(self, query: Tensor, *, scale: float | None, bounds: Tensor | None) -> Tensor:
+        """Attend with queries (B, H, T, D) to what `update` was given and to the past; return (B, H, T, D).
+
+        Raises:
+            ValueError: tensors that do not fit the state, or padding between the tokens of a row.
+        """
+        if self.state is None or self._new is None:
+            raise ValueError("a DilatedCache attends to what update() was given: call that first")
+        (key, value), self._new = self._new, None
+        out = self.state.attend(query, key, value, scale=scale, bounds=bounds)
+        self.columns += query.shape[2]
+        return out
+
+    def get_seq_length(self) -> int:
+        """Return the position of the next token, padding counted."""
+        return self.start + self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys that the attention is given, and the column of the first: the new ones alone."""
+        return query_length, self.columns
+
+    def get_max_length(self) -> int:
+        """Return −1: any length fits."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.columns, self._new = 0, None
+        if self.state is not None:
+            self.state.restart()
+
+    def activate_past_recording(self) -> None:
+        """Keep what is replaced until the next `crop`, so that it may go back across segments."""
+        if not self.record_past:
+            self.record_past = True
+            if self.state is not None:
+                self.state.record(is_on=True)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last −`tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number, more tokens than there are, or rows of an earlier segment would be needed,
+                which are gone unless `activate_past_recording` was called before the tokens to forget.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if self.state is None:
+            return
+        if self.state.is_recording and not self.record_past:  # transformers switches it off by the attribute
+            self.state.record(is_on=False)
+        self.state.crop(-tokens_to_remove)
+        self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the batch rows into this order; a row may come again."""
+        if self.state is not None:
+            self.state.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these batch rows; a bool per row, or indices."""
+        if self.state is not None:
+            self.state.select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row."""
+        if self.state is not None:
+            self.state.select([row for row in range(self.batch_size) for _ in range(repeats)])
+
+
+class DilatedCache(Cache):
+    """Keys and values that a causal model with dilated attention needs to go on: constant memory at any length.
+
+    Each layer keeps of branch i the kept rows of the current segment, ceil(w_i / r_i) a key/value head; `nbytes` is
+    2 · layers · B · G · D · bytes · `pattern.state_rows(tokens=max_tokens)`. `generate()` makes one by itself. Outputs
+    are those without a cache, whatever the chunks.
+
+        cache = DilatedCache(model.config)
+        for chunk in ids.split(65_536, dim=1):
+            model(chunk, past_key_values=cache)
+
+    It carries no gradients. Batch rows may be padded on the left.
+
+    Args:
+        config: of a causal model whose attention is "dilated"; it holds the pattern.
+        batch_size: B. Room is made at once where it, dtype and device are given, else when the first keys come.
+        dtype: of keys and values, that of the first keys when None.
+        device: of keys and values, that of the first keys when None.
+        start: position of the first token, as if so many tokens had passed unseen. `generate()` wants 0.
+        max_tokens: make room for sequences up to this length only; it grows when one is longer. None for any length.
+
+    Raises:
+        ValueError: a config without a pattern, with layers of another kind than attention, or numbers out of range.
+    """
+
+    layers: list[DilatedLayer]  # type: ignore[assignment]  # of one kind
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        start: int = 0,
+        *,
+        max_tokens: int | None = None,
+    ) -> None:
+        from longnet.model.interface import pattern_of  # noqa: PLC0415  # which imports this module
+
+        config = config.get_text_config(decoder=True)
+        reason = refusal(config)
+        if reason is not None:
+            raise ValueError(f"a DilatedCache cannot serve {type(config).__name__}: {reason}")
+        for name, value, least in (("batch_size", batch_size, 1), ("start", start, 0), ("max_tokens", max_tokens, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.pattern, self.start = pattern_of(config), start
+        layers = [
+            DilatedLayer(self.pattern, start=start, max_tokens=max_tokens) for _ in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=[*layers])
+        if batch_size is not None and dtype is not None and device is not None:
+            shape = (batch_size, *heads_of(config))
+            for layer in layers:
+                empty = torch.empty((*shape[:2], 0, shape[2]), dtype=dtype, device=device)
+                layer.lazy_initialization(empty, empty)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values; 0 as long as there is no room for them."""
+        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the column of the next token in a padding mask: the tokens so far, wherever they started."""
+        columns: int = self.layers[layer_idx].columns
+        return columns
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move keys and values to a device, in place; return the cache."""
+        for layer in self.layers:
+            if layer.state is not None:
+                layer.state.keys, layer.state.values = layer.state.keys.to(device), layer.state.values.to(device)
+                layer.state.record(is_on=layer.record_past)
+        return self
+
+    def save(self, path: Path | str) -> None:
+        """Write the cache into one safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: a cache without tokens.
+            OSError: the file cannot be written.
+        """
+        states = [layer.state for layer in self.layers if layer.state is not None]
+        if len(states) < len(self.layers):
+            raise ValueError("this cache has seen no token: there is nothing to save")
+        tensors = {}
+        for index, state in enumerate(states):
+            tensors[f"{index}.keys"], tensors[f"{index}.values"] = state.keys.contiguous(), state.values.contiguous()
+        about = {
+            "pattern": str(self.pattern),
+            "start": self.start,
+            "columns": [layer.columns for layer in self.layers],
+            "max_tokens": [state.max_tokens for state in states],
+            "next": [state.next for state in states],
+            "first": [state.first for state in states],
+            "ended": [state.ended for state in states],
+        }
+        text = json.dumps(about)
+        metadata = {"format": _FORMAT, "cache": text, "sha256": _checksum(text, tensors)}
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path | str, config: PreTrainedConfig, *, device: torch.device | str = "cpu") -> Self:
+        """Read a cache that `save` wrote.
+
+        Args:
+            path: the file.
+            config: of the model that will use it; its pattern and layers must be those of the file.
+            device: of keys and values.
+
+        Raises:
+            ValueError: a damaged file, or one of another model.
+            OSError: no such file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no cache file {path}")
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no cache file: {error}") from None
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no cache file of this version: its format is {metadata.get('format')!r}")
+        text = metadata.get("cache", "")
+        if metadata.get("sha256") != _checksum(text, tensors):
+            raise ValueError(f"{path} is damaged: its checksum does not match; make it anew")
+        about = json.loads(text)
+        cache = cls(config, start=about["start"])
+        if about["pattern"] != str(cache.pattern) or len(about["next"]) != len(cache.layers):
+            raise ValueError(
+                f"{path} holds {len(about['next'])} layers of the pattern {about['pattern']}, the model has "
+                f"{len(cache.layers)} of {cache.pattern}"
+            )
+        for index, layer in enumerate(cache.layers):
+            keys, values = tensors[f"{index}.keys"].to(device), tensors[f"{index}.values"].to(device)
+            layer.max_tokens, layer.columns = about["max_tokens"][index], about["columns"][index]
+            state = layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+            state.keys.copy_(keys)  # into memory aligned as ever: kernels round otherwise
+            state.values.copy_(values)
+            state.next, state.first = about["next"][index], about["first"][index]
+            state.ended = about["ended"][index]
+        return cache
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Say why a model cannot be served with a DilatedCache, or None."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder model attends to two sequences"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
+    if kinds:
+        return f"it has layers of another kind than attention, {sorted(kinds)}"
+    if getattr(config, "kv_sharing_modes", None) is not None:
+        return "its layers share keys and values"
+    return None
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the key/value heads and their dimension that a config tells of."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        x = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(memoryview(x.view(torch.uint8).reshape(-1).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()

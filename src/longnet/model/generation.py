@@ -1,0 +1,44 @@
+"""generate() with a DilatedCache by itself, for every model whose attention is "dilated"."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import GenerationMixin
+
+from longnet.model.cache import DilatedCache, refusal
+
+_prepare: Callable[..., Any] = GenerationMixin._prepare_cache_for_generation
+
+
+@functools.wraps(_prepare)
+def _prepare_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, length: int
+) -> Any:
+    config = self.config.get_text_config(decoder=True)
+    is_dilated = config._attn_implementation == "dilated"
+    given = model_kwargs.get("past_key_values")
+    if isinstance(given, DilatedCache) and given.start:
+        raise ValueError(
+            f"generate() counts positions from the start of its input_ids, got a cache that starts at {given.start}: "
+            "decode with model(ids, past_key_values=cache)"
+        )
+    if (
+        is_dilated
+        and given is None
+        and generation_config.use_cache is not False
+        and generation_config.cache_implementation is None
+        and refusal(config) is None
+    ):
+        cache = DilatedCache(config, max_tokens=length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]
+        model_kwargs["past_key_values"] = cache
+        return None
+    return _prepare(self, generation_config, model_kwargs, generation_mode, batch_size, length)
+
+
+# Models of others know of caches only what this method tells them; subclassing would change their type.
+GenerationMixin._prepare_cache_for_generation = _prepare_cache  # type: ignore[method-assign,assignment]

@@ -1,0 +1,250 @@
+"""The streaming state against the oracle on the whole sequence, in any pieces, at any position."""
+
+import itertools
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cases import patterns
+from longnet import DilationPattern
+from longnet.attention import reference
+from longnet.attention.pattern import kept_rows
+from longnet.attention.streaming import StreamState
+from tolerances import assert_as_good_as_plain
+
+FAR = [2**31, 2**32, 10**9, 2**40]
+
+
+@dataclass
+class Text:
+    """A batch of sequences: where each begins, and the pieces it comes in."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    pattern: DilationPattern
+    begins: list[int]
+    pieces: list[tuple[int, int]]
+    start: int
+
+    @property
+    def state(self):
+        batch, heads, _, head_dim = self.k.shape
+        return StreamState(
+            self.pattern, batch_size=batch, num_kv_heads=heads, head_dim=head_dim, dtype=self.k.dtype,
+            device=self.k.device, start=self.start,
+        )  # fmt: skip
+
+    def run(self, dtype=torch.float64, pieces=None):
+        text = Text(*(x.to(dtype) for x in (self.q, self.k, self.v)), *list(vars(self).values())[3:])
+        state, parts = text.state, []
+        for a, b in self.pieces if pieces is None else pieces:
+            bounds = None
+            if any(begin > a for begin in self.begins):
+                runs = [(row, max(0, begin - a), b - a) for row, begin in enumerate(self.begins) if begin < b]
+                bounds = torch.tensor(runs, dtype=torch.int64).view(-1, 3)
+            q, k, v = (x[:, :, a:b] for x in (text.q, text.k, text.v))
+            parts.append(state.attend(q, k, v, scale=None, bounds=bounds))
+        return torch.cat(parts, 2), state
+
+    def oracle(self, dtype=torch.float64):
+        """The definition, on positions as they are: a dense mask with each row's own count."""
+        tokens, heads = self.q.shape[2], self.k.shape[1]
+        positions = torch.stack([torch.arange(tokens) - begin + self.start for begin in self.begins])
+        documents = torch.where(positions >= self.start, 0, -1)
+        count = reference.multiplicity(positions, documents, self.pattern, num_kv_heads=heads, is_causal=True)
+        group = self.q.shape[1] // heads
+        count = count.repeat_interleave(group, 1)
+        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = q @ k.mT * q.shape[3] ** -0.5 + count.to(dtype).log()
+        unseen = (count == 0).all(-1, keepdim=True)
+        return torch.where(unseen, 0, torch.softmax(torch.where(unseen, 0, scores), -1) @ v)
+
+
+@st.composite
+def texts(draw):
+    tokens, batch = draw(st.integers(1, 50)), draw(st.integers(1, 3))
+    heads, group = draw(st.integers(1, 5)), draw(st.sampled_from([1, 1, 2, 3]))
+    head_dim = draw(st.sampled_from([1, 3, 8, 16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    is_wide = draw(st.booleans())
+
+    def normal(n):
+        shape = (batch, tokens, n, head_dim) if is_wide else (batch, n, tokens, head_dim)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.transpose(1, 2) if is_wide else x
+
+    is_padded = draw(st.booleans())
+    begins = [draw(st.integers(0, tokens)) if is_padded else 0 for _ in range(batch)]
+    cuts = draw(st.lists(st.integers(1, tokens), max_size=6))
+    if draw(st.booleans()):
+        cuts = list(range(1, tokens))  # token by token
+    edges = sorted({0, *cuts, tokens})
+    start = draw(st.one_of(st.just(0), st.integers(0, 100), st.sampled_from(FAR), st.integers(0, 2**41)))
+    start -= draw(st.integers(0, 40))
+    return Text(
+        normal(heads * group), normal(heads), normal(heads), draw(patterns()), begins,
+        list(itertools.pairwise(edges)), max(0, start),
+    )  # fmt: skip
+
+
+@given(texts())
+def test_any_pieces_are_the_whole(text):
+    out, state = text.run()
+    torch.testing.assert_close(out, text.oracle(), atol=1e-12, rtol=1e-10)
+    assert state.next == [text.start + text.q.shape[2] - begin for begin in text.begins]
+
+
+@given(texts(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_every_dtype(text, dtype):
+    rounded = Text(*(x.to(dtype).double() for x in (text.q, text.k, text.v)), *list(vars(text).values())[3:])
+    out, _ = rounded.run(dtype)
+    assert out.dtype == dtype
+    assert_as_good_as_plain("out", out, rounded.oracle(dtype), rounded.oracle(), 2.0)
+
+
+@given(texts())
+def test_the_state_is_bitwise_that_of_one_pass(text):
+    tokens = text.q.shape[2]
+    _, split = text.run(torch.float32)
+    _, whole = text.run(torch.float32, [(0, tokens)])
+    assert split.next == whole.next
+    heads = text.k.shape[1]
+    for branch, (length, rate) in enumerate(text.pattern.branches):
+        for row, head in itertools.product(range(text.q.shape[0]), range(heads)):
+            kept = split.kept(branch, row=row, head=head)
+            for one, other in zip(kept, whole.kept(branch, row=row, head=head), strict=True):
+                assert torch.equal(one, other)
+            # and these are the rows that the definition keeps
+            position = text.start + tokens - text.begins[row]
+            seen = range(max(text.start, position // length * length), position)
+            offset = text.pattern.offset(rate, head, heads)
+            columns = [p - text.start + text.begins[row] for p in seen if p % length % rate == offset]
+            assert torch.equal(kept[0], text.k[row, head, columns].float())
+            assert torch.equal(kept[1], text.v[row, head, columns].float())
+
+
+@given(texts(), st.data())
+def test_crop_goes_back(text, data):
+    """With recording always, without it within the current segments, else with an error that says why."""
+    tokens = text.q.shape[2]
+    stay = data.draw(st.integers(max(text.begins), tokens))
+    expected, _ = text.run()
+    pieces = [(a, min(b, stay)) for a, b in text.pieces if a < stay]
+    rest = [(stay, tokens)] if stay < tokens else []
+    for is_recorded in (True, False):
+        state = text.run(pieces=pieces)[1] if pieces else text.state
+        state.record(is_on=is_recorded)
+        junk = (torch.randn_like(x) for x in (text.q[:, :, stay:], text.k[:, :, stay:], text.v[:, :, stay:]))
+        for q, k, v in zip(*(x.split(5, 2) if rest else () for x in junk), strict=True):
+            state.attend(q, k, v, scale=None)
+        position = text.start + tokens - min(text.begins)
+        may_fail = any(
+            stay - min(text.begins) + text.start < (text.start + tokens - begin - 1) // length * length
+            or text.start + stay - begin < (text.start + tokens - begin - 1) // length * length
+            for length, _ in text.pattern.branches
+            for begin in text.begins
+        )
+        try:
+            state.crop(tokens - stay)
+        except ValueError as error:
+            assert not is_recorded
+            assert may_fail
+            assert f"cannot crop {tokens - stay} tokens" in str(error)  # noqa: PT017
+            continue
+        assert position >= 0
+        for a, b in rest:
+            out = state.attend(text.q[:, :, a:b], text.k[:, :, a:b], text.v[:, :, a:b], scale=None)
+            torch.testing.assert_close(out, expected[:, :, a:b], atol=1e-12, rtol=1e-10)
+
+
+@given(texts(), st.data())
+def test_rows_may_be_chosen_and_repeated(text, data):
+    cut = data.draw(st.sampled_from([b for _, b in text.pieces]))
+    tokens = text.q.shape[2]
+    rows = data.draw(st.lists(st.integers(0, text.q.shape[0] - 1), min_size=1, max_size=4))
+    if cut == tokens or any(text.begins[row] > cut for row in rows):
+        return
+    expected, _ = text.run()
+    _, state = text.run(pieces=[(a, b) for a, b in text.pieces if b <= cut])
+    state.select(rows)
+    out = state.attend(*(x[rows, :, cut:] for x in (text.q, text.k, text.v)), scale=None)
+    torch.testing.assert_close(out, expected[rows, :, cut:], atol=1e-12, rtol=1e-10)
+
+
+@given(texts(), st.integers(1, 60))
+def test_room_grows_where_the_text_is_longer_than_was_said(text, room):
+    batch, heads, _, head_dim = text.k.shape
+    state = StreamState(
+        text.pattern, batch_size=batch, num_kv_heads=heads, head_dim=head_dim, dtype=torch.float64,
+        device=text.k.device, max_tokens=room,
+    )  # fmt: skip
+    assert state.keys.shape[2] == text.pattern.state_rows(tokens=room)
+    text.start, text.begins = 0, [0] * batch
+    expected = text.oracle()
+    for a, b in text.pieces:
+        out = state.attend(text.q[:, :, a:b], text.k[:, :, a:b], text.v[:, :, a:b], scale=None)
+        torch.testing.assert_close(out, expected[:, :, a:b], atol=1e-12, rtol=1e-10)
+
+
+@given(patterns(max_length=10**6, max_rate=10**4), st.integers(1, 6), st.integers(1, 2))
+def test_bytes_are_the_closed_form(pattern, heads, batch):
+    state = StreamState(
+        pattern, batch_size=batch, num_kv_heads=heads, head_dim=2, dtype=torch.float16, device=torch.device("meta")
+    )
+    rows = sum(-(-length // rate) for length, rate in pattern.branches)
+    assert pattern.state_rows(tokens=2**62) == rows
+    assert state.nbytes == 2 * batch * heads * 2 * 2 * rows
+
+
+def test_a_billion_tokens_need_what_the_pattern_says():
+    pattern = DilationPattern.geometric(2048, 2**30)
+    assert pattern.state_rows(tokens=10**9) <= 20 * 2048
+    length, rate = pattern.branches[-1]
+    assert kept_rows(length, rate, 0) == 2048
+
+
+def test_a_backward_pass_is_refused():
+    state = StreamState(
+        DilationPattern((4,), (1,)), batch_size=1, num_kv_heads=1, head_dim=2, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    x = torch.randn(1, 1, 3, 2, requires_grad=True)
+    out = state.attend(x, x, x, scale=None)
+    assert out.requires_grad
+    with pytest.raises(RuntimeError, match="keeps no gradients"):
+        out.sum().backward()
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    state = StreamState(
+        DilationPattern((4,), (1,)), batch_size=2, num_kv_heads=1, head_dim=2, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    x = torch.randn(1, 1, 3, 2)
+    with pytest.raises(ValueError, match="make one of this batch size"):
+        state.attend(x, x, x, scale=None)
+    y = torch.randn(2, 1, 3, 2)
+    with pytest.raises(ValueError, match="make it with this dtype"):
+        state.attend(y.double(), y.double(), y.double(), scale=None)
+    state.attend(y, y, y, scale=None, bounds=torch.tensor([[0, 0, 2], [1, 1, 3]]))
+    with pytest.raises(ValueError, match="row 0 has padding between its tokens"):
+        state.attend(y, y, y, scale=None)
+    with pytest.raises(ValueError, match="row 1 has padding between its tokens"):
+        state.attend(y, y, y, scale=None, bounds=torch.tensor([[1, 1, 3]]))
+
+
+def test_patterns_without_rate_one_leave_zeros():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pattern = DilationPattern((6,), (3,))
+    x = torch.randn(1, 1, 9, 4, dtype=torch.float64)
+    text = Text(x, x, x, pattern, [0], [(t, t + 1) for t in range(9)], 0)
+    out, _ = text.run()
+    assert (out[0, 0, [1, 2, 4, 5, 7, 8]] == 0).all()
+    torch.testing.assert_close(out, text.oracle())
