@@ -16,7 +16,7 @@ from transformers import StaticCache
 
 from longnet.attention.pattern import DilationPattern
 from longnet.bench.attention import GateError
-from longnet.bench.record import interleaved, ratio
+from longnet.measurement import interleaved, ratio
 from longnet.model import DilatedCache, LongNetConfig, LongNetForCausalLM
 
 Row = dict[str, Any]

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from longnet.measurement import interleaved, provenance, ratio
-
-__all__ = ["append", "interleaved", "provenance", "ratio"]
+from longnet.measurement import provenance
 
 
 def append(rows: Sequence[Mapping[str, Any]], path: Path, device: torch.device) -> None:

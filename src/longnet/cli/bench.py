@@ -40,7 +40,7 @@ def bench_attention(
     from rich.table import Table
 
     from longnet.bench import attention, record
-    from longnet.measurement import find_device
+    from longnet.measurement import find_device, provenance
     from longnet.plots import draw_runtime
 
     place = find_device(device, option="--device")
@@ -71,7 +71,7 @@ def bench_attention(
             table.add_row(f"{row['tokens']:,}", *cells)
     console.print(table)
     record.append(rows, output / "attention.jsonl", place)
-    about = record.provenance(place)
+    about = provenance(place)
     draw_runtime(rows, output / "runtime.png", f"{about['device']}, torch {about['torch']}, {about['date'][:10]}")
     console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.png'}")
 
