@@ -202,7 +202,7 @@ def test_the_command(monkeypatch, folder, tmp_path, capsys):
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0
     assert "nothing left to read" in capsys.readouterr().out
     for arguments, message in (
-        ([tmp_path, folder], "is no model"),
+        ([tmp_path, folder], "holds no model"),
         ([tmp_path / "model", tmp_path / "none", "-o", tmp_path / "x"], "there is no file"),
         ([tmp_path / "model", folder, "--chunk", 0], "--chunk must be at least 1"),
         ([tmp_path / "model", folder, "--chunk", 500, "-o", out], "go on with --resume"),

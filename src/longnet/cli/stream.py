@@ -31,7 +31,8 @@ def stream(
     Parameters
     ----------
     model
-        Folder of a Hugging Face causal language model whose config holds a dilation pattern.
+        Folder of a run of `longnet train`, or of any Hugging Face causal language model whose config holds a dilation
+        pattern.
     files
         Files, and folders whose files are read, recursively, in the order of their paths.
     tokenizer
@@ -63,16 +64,16 @@ def stream(
     from longnet.evaluation import stream as reading
     from longnet.measurement import find_device, provenance
     from longnet.plots import draw_by_position
+    from longnet.training.checkpoint import model_folder
 
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
     place = find_device(device, option="--device")
-    if not (model / "config.json").is_file():
-        raise ValueError(f"{model} is no model: it holds no config.json")
+    folder = model_folder(model)
     output.mkdir(parents=True, exist_ok=True)
-    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="dilated", dtype=getattr(torch, dtype))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dilated", dtype=getattr(torch, dtype))
     loaded.to(place)  # type: ignore[arg-type]  # in eval mode, as everything that is loaded
-    source = reading.open_source(files, tokenizer, model, loaded.config.vocab_size)
+    source = reading.open_source(files, tokenizer, folder, loaded.config.vocab_size)
     total = source.tokens if tokens is None else tokens if source.tokens is None else min(tokens, source.tokens)
     columns = ("{task.completed:,} tokens", "{task.fields[speed]:,.0f}/s", "perplexity {task.fields[perplexity]:.3f}")
     console = Console()
