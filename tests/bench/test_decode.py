@@ -104,7 +104,7 @@ def test_the_bytes_of_known_shapes():
 def test_the_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(decode, "QUICK", SMALL)
     monkeypatch.setattr(sys, "argv", ["longnet", "bench", "decode", "--quick", "-o", str(tmp_path)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     printed = capsys.readouterr().out
     assert "33.5 TiB" in printed
@@ -115,7 +115,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["longnet", "bench", "decode", "--sizes"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if "iB" in line]
     page = (Path(__file__).parents[2] / "docs" / "streaming.md").read_text()
