@@ -311,3 +311,21 @@ def test_what_a_file_says_is_plain_json(saved):
     assert about["next"] == [[41, 34]] * 2
     assert about["columns"] == [41, 41]
     assert about["pattern"] == str(BRANCHES)
+
+
+def test_a_window_that_hides_nothing():
+    """Mistral's mask function is asked at points of the whole text, and generate() gives it no padding mask."""
+    model, ids = dilated(build("Mistral", sliding_window=64), BRANCHES), tokens_of(1, 20)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    ours = model.generate(ids, **settings, return_dict_in_generate=True)
+    assert isinstance(ours.past_key_values, DilatedCache)
+    plain = dilated(build("Mistral"), BRANCHES)
+    assert torch.equal(ours.sequences, plain.generate(ids, **settings, cache_implementation="dynamic"))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    ids, cache = tokens_of(2, 40), DilatedCache(model.config)
+    for start, stop in ((0, 5), (5, 20), (20, 21), (21, 40)):
+        where = positions_of(mask)[:, start:stop]
+        got = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=where, past_key_values=cache).logits
+    expected = plain(ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, 21:]
+    torch.testing.assert_close(got, expected, atol=SAME, rtol=SAME)

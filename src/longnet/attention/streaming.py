@@ -258,6 +258,8 @@ class StreamState:
         if bounds is not None:
             spans = [(0, 0)] * len(self.next)
             for row, start, stop in bounds.tolist():
+                if not 0 <= start <= stop <= tokens:
+                    raise ValueError(f"bounds must lie within the {tokens} new tokens, got {start} … {stop}")
                 spans[row] = (start, stop)
         runs: list[Run] = []
         for row, ((start, stop), position, first) in enumerate(zip(spans, self.next, self.first, strict=True)):

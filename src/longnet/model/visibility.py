@@ -111,11 +111,12 @@ def visible_tokens(
                 mask = nn.functional.pad(mask, (0, tokens - skipped - mask.shape[1]))
             bounds = padding_bounds(mask)
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
+            shift = torch.tensor([0, skipped, skipped])
             documents = read_bounds(
-                mask_function, batch_size=batch_size, q_tokens=q_length, tokens=tokens, padding=bounds,
-                is_causal=is_causal, device=torch.device(device),
+                mask_function, batch_size=batch_size, q_tokens=q_length, tokens=tokens,
+                padding=None if bounds is None else bounds + shift, is_causal=is_causal, device=torch.device(device),
             )  # fmt: skip
-            bounds = documents if attention_mask is None else bounds
+            bounds = (documents - shift).clamp(min=0) if attention_mask is None else bounds
     return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal, skipped)
 
 
