@@ -35,7 +35,13 @@ def test_evaluation_of_a_run(call, run_folder, words, tmp_path, capsys):
     page = report.read_text()
     assert not re.search(r"<script|<link|https?:|src=\"(?!data:)|href=", page)
     assert page.count("data:image/png;base64,") == 5  # by context, by position, pass keys, training loss, pattern
-    for word in (f"{row['contexts'][2]['perplexity']:.3f}", "A sample", "Recipe", "3 steps, 384 tokens", "parameters"):
+    for word in (
+        f"{row['contexts'][2]['perplexity']:.3f}",
+        "A sample",
+        "Recipe",
+        "3 steps, 384 tokens",
+        "has seen 384 tokens",
+    ):
         assert word in page
 
 

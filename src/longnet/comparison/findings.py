@@ -109,6 +109,18 @@ def describe_limits(results: Sequence[CellResult]) -> list[str]:
     return said
 
 
+def describe_run_limits(*, tokens: int, parameters: int, longest: int) -> list[str]:
+    """Say what one run cannot show: so many training tokens, parameters, and tokens of the longest context."""
+    return [
+        f"The model has seen {tokens:,} tokens, {tokens / parameters:.1f} a parameter; the paper's models saw "
+        f"{_PAPER_TOKENS / tokens:,.0f} times as many. What a long context is worth after long training does not "
+        "follow.",
+        f"Nothing follows for contexts beyond {name_length(longest)}, the longest that was scored.",
+        "One run, one seed: the standard errors are over windows of validation text and say nothing of how much "
+        "another seed would change.",
+    ]
+
+
 def _own_context(result: CellResult) -> int:
     within = [part.context for part in result.contexts if part.context <= result.length]
     return within[-1] if within else result.contexts[0].context

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
 from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.findings import describe_run_limits
 from longnet.evaluation.record import Evaluation
 from longnet.model import LongNetConfig
 from longnet.model.budget import count_parameters, step_flops
@@ -46,6 +47,7 @@ def write_run_report(run: Path, config: PreTrainedConfig, evaluation: Evaluation
             document.add(Heading("Pass keys by distance"), passkey_table(evaluation))
             document.add(Picture(pictures["passkey"], "Pass keys retrieved, and what the key told is worth."))
         _add_training(document, rows, Path(folder))
+        _add_limits(document, rows, config, evaluation)
         _add_cost(document, config, evaluation, Path(folder))
         if (run / "recipe.toml").is_file():
             document.add(Heading("Recipe"), Code((run / "recipe.toml").read_text(encoding="utf-8")))
@@ -103,6 +105,16 @@ def _add_training(document: Document, rows: list[dict[str, Any]], folder: Path) 
     if samples:
         document.add(Heading("A sample"), Text(f"After step {samples[-1]['step']:,}, the prompt being its beginning:"))
         document.add(Code(samples[-1]["prompt"] + samples[-1]["text"]))
+
+
+def _add_limits(
+    document: Document, rows: list[dict[str, Any]], config: PreTrainedConfig, evaluation: Evaluation
+) -> None:
+    trained = [row["tokens"] for row in rows if row["kind"] == "train"]
+    if trained:
+        longest = max(result.context for result in evaluation.contexts)
+        limits = describe_run_limits(tokens=trained[-1], parameters=count_parameters(config).total, longest=longest)
+        document.add(Heading("What this cannot show"), Points(limits))
 
 
 def _add_cost(document: Document, config: PreTrainedConfig, evaluation: Evaluation, folder: Path) -> None:
