@@ -55,11 +55,11 @@ def interleaved(cases: Sequence[Callable[[], object]], repeats: int, device: tor
     Shared machines drift; within a round the cases meet the same machine, so the median of their ratios holds. A first
     round is not counted.
     """
-    seconds: list[list[float]] = [[] for _ in cases]
+    rounds: list[list[float]] = [[] for _ in cases]
     for _ in range(1 + repeats):
-        for case, times in zip(cases, seconds, strict=True):
-            times.append(_seconds(case, device))
-    return [times[1:] for times in seconds]
+        for case, times in zip(cases, rounds, strict=True):
+            times.append(seconds(case, device))
+    return [times[1:] for times in rounds]
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -86,7 +86,8 @@ def peak_bytes(device: torch.device, *, reset: bool = False) -> int:
     return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
 
 
-def _seconds(case: Callable[[], object], device: torch.device) -> float:
+def seconds(case: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

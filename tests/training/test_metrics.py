@@ -10,7 +10,7 @@ from rich.console import Console
 
 from longnet.training import metrics as module
 from longnet.training.loop import train
-from longnet.training.metrics import Metrics, Screen, describe, peak_flops, peak_memory
+from longnet.training.metrics import Metrics, Screen, describe, peak_flops
 
 ROW = {"loss": 1.25, "lr": 3e-4, "gradient_norm": 0.5, "tokens_per_s": 12345.0, "mfu": 0.251, "memory": 2**30}
 
@@ -96,10 +96,7 @@ def test_figures_that_there_are_not():
     assert "gradient none" in describe({**ROW, "gradient_norm": None}, 1)
 
 
-def test_the_machine_has_a_speed_and_a_memory():
+def test_the_machine_has_a_speed():
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert 1e8 < peak < 1e15
     assert peak_flops(torch.device("cpu"), torch.bool) is None
-    held = peak_memory(torch.device("cpu"))
-    ballast = torch.ones(2**26)  # 256 MiB, written
-    assert peak_memory(torch.device("cpu")) >= max(held, ballast.numel() * 4)

@@ -25,7 +25,7 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
-from longnet.measurement import find_device
+from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
 from longnet.training.checkpoint import (
@@ -36,7 +36,7 @@ from longnet.training.checkpoint import (
     save_checkpoint,
 )
 from longnet.training.config import Recipe, Tables, TrainConfig, differences, to_toml
-from longnet.training.metrics import Metrics, Screen, describe, peak_flops, peak_memory
+from longnet.training.metrics import Metrics, Screen, describe, peak_flops
 from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
 from longnet.training.state import State, changed_machine, read_record, restore, write_state
 
@@ -219,7 +219,7 @@ class _Run:
             "seconds": state.seconds,
             "tokens_per_s": steps * train.batch_sequences * train.tokens / seconds,
             "mfu": None if self.peak is None else steps * self.flops / seconds / self.peak,
-            "memory": peak_memory(self.device),
+            "memory": peak_bytes(self.device),
         }
         state.losses.clear()
         self.metrics.write("train", state.step, **row)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from longnet.measurement import seconds
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -158,28 +156,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     try:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
         while len(spent) < 2 or sum(spent[1:]) < 0.05:  # the first one loads libraries
-            spent.append(_seconds(lambda: matrix @ matrix, device))
+            spent.append(seconds(lambda: matrix @ matrix, device))
     except RuntimeError:  # no such kernel, or no memory for it
         return None
     return 2 * size**3 / min(spent)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: on the GPU, or in main memory where it computes there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _clock(seconds: float) -> str:
