@@ -69,5 +69,6 @@ def test_the_public_names_are_these():
         "LongNetForCausalLM",
         "LongNetModel",
         "dilated_attention",
+        "sequence_parallel",
         "use_dilated_attention",
     ]

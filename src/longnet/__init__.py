@@ -9,7 +9,14 @@ from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 
 if TYPE_CHECKING:
-    from longnet.model import DilatedCache, LongNetConfig, LongNetForCausalLM, LongNetModel, use_dilated_attention
+    from longnet.model import (
+        DilatedCache,
+        LongNetConfig,
+        LongNetForCausalLM,
+        LongNetModel,
+        sequence_parallel,
+        use_dilated_attention,
+    )
 
 __all__ = [
     "DilatedCache",
@@ -18,10 +25,18 @@ __all__ = [
     "LongNetForCausalLM",
     "LongNetModel",
     "dilated_attention",
+    "sequence_parallel",
     "use_dilated_attention",
 ]
 
-_OF_MODEL = {"DilatedCache", "LongNetConfig", "LongNetForCausalLM", "LongNetModel", "use_dilated_attention"}
+_OF_MODEL = {
+    "DilatedCache",
+    "LongNetConfig",
+    "LongNetForCausalLM",
+    "LongNetModel",
+    "sequence_parallel",
+    "use_dilated_attention",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
-from typing import Literal, cast, overload
+from dataclasses import replace
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
-from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.attention.pattern import DilationPattern, pattern_of
 from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
+from longnet.attention.sequence_parallel import attend_slice, gather_slices, group_of
 from longnet.attention.views import plan, runs_of
 
 
@@ -31,6 +33,7 @@ def dilated_attention(
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
     backend: dispatch.Backend = ...,
+    mesh: DeviceMesh | ProcessGroup | None = ...,
 ) -> Tensor: ...
 
 
@@ -48,6 +51,7 @@ def dilated_attention(
     dropout_p: float = ...,
     return_lse: Literal[True],
     backend: dispatch.Backend = ...,
+    mesh: DeviceMesh | ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -64,6 +68,7 @@ def dilated_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: dispatch.Backend = "auto",
+    mesh: DeviceMesh | ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend along `pattern`: one softmax over the multiset union of the branches' keys (arXiv:2307.02486 eq. 3-15).
 
@@ -87,6 +92,9 @@ def dilated_attention(
         return_lse: return the log-sum-exp too.
         backend: `"sdpa"` computes tiles with the kernels behind scaled_dot_product_attention, `"reference"` a dense
             mask in O(T²), `"auto"` the fastest that can run.
+        mesh: an axis of ranks, across which the sequence lies: q, k, v, padding_mask and the result are this rank's
+            slice of it, in rank order, of any length; cu_seqlens are those of the whole sequence. Every rank calls,
+            and goes backward, with the same pattern and settings. Tq = T.
 
     Returns:
         out (B, H, Tq, D) like q; a query that no branch keeps, or that is padding, gets 0. With `return_lse` also lse
@@ -94,11 +102,22 @@ def dilated_attention(
 
     Raises:
         ValueError: shapes, devices, dtypes or masks that do not fit; a backend that cannot run.
-        TypeError: `pattern` is no DilationPattern.
+        TypeError: `pattern` is no DilationPattern, or `mesh` no mesh.
         NotImplementedError: dropout_p other than 0.
     """
     q, k, v = cast_under_autocast(q, k, v)
     _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
+    if mesh is not None:
+        if q.shape[2] != k.shape[2] or backend == "reference":
+            raise ValueError('across ranks there must be as many queries as keys, and a backend of tiles: "auto"')
+        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        slices = gather_slices(
+            group_of(mesh), k.transpose(1, 2), None if padding_mask is None else padding_bounds(padding_mask)
+        )
+        if cu_seqlens is not None:
+            slices = replace(slices, bounds=document_bounds(cu_seqlens, int(slices.edges[-1])))
+        out, lse = attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale)
+        return (out, lse.detach()) if return_lse else out
     bounds = None
     if padding_mask is not None:
         bounds = padding_bounds(padding_mask)
@@ -255,7 +274,7 @@ def _lay_out(
     is_causal: bool,
 ) -> Layout:
     tiles, is_complete = plan(
-        _pattern(tuple(segment_lengths), tuple(dilation_rates), head_offsets),
+        pattern_of(tuple(segment_lengths), tuple(dilation_rates), head_offsets),
         runs=runs_of(bounds, k.shape[0], k.shape[2]),
         batch_size=q.shape[0],
         q_tokens=q.shape[2],
@@ -265,13 +284,6 @@ def _lay_out(
         is_causal=is_causal,
     )
     return Layout([Part(tiles)], is_complete)
-
-
-@functools.lru_cache(maxsize=256)
-def _pattern(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str) -> DilationPattern:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the caller's own pattern has warned already
-        return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
 
 
 _op = register(

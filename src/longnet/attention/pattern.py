@@ -8,7 +8,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 
@@ -179,6 +179,47 @@ class DilationPattern:
         """
         return sum(kept_rows(min(length, tokens), rate, 0) for length, rate in self.branches)
 
+    def traffic(
+        self, *, tokens: int, ranks: int, num_kv_heads: int, head_dim: int, itemsize: int, is_causal: bool
+    ) -> tuple[int, ...]:
+        """Count the bytes of keys and values that each rank receives in one forward pass of one layer.
+
+        The sequence lies across the ranks in slices of ceil(tokens / ranks), the last ones shorter. The backward pass
+        sends as many bytes of gradients back. A rank gets the kept rows of the segments that its slice cuts, and no
+        others: never more than Σ_i 2·G·ceil(w_i / r_i) rows of keys, twice that without causality, whatever the
+        length (arXiv:2307.02486 §3.1).
+
+        Args:
+            tokens: T of the whole sequence.
+            ranks: P.
+            num_kv_heads: G.
+            head_dim: D.
+            itemsize: bytes of a number.
+            is_causal: rows after a slice are not needed.
+
+        Raises:
+            ValueError: numbers below 1.
+        """
+        if min(tokens, ranks, num_kv_heads, head_dim, itemsize) < 1:
+            raise ValueError(
+                f"traffic needs numbers of at least 1, got tokens={tokens}, ranks={ranks}, "
+                f"num_kv_heads={num_kv_heads}, head_dim={head_dim}, itemsize={itemsize}"
+            )
+        size = -(-tokens // ranks)
+        received = []
+        for rank in range(ranks):
+            start, stop = min(tokens, rank * size), min(tokens, (rank + 1) * size)
+            rows = 0
+            for length, rate in self.branches if start < stop else ():
+                base = stop // length * length
+                end = base if is_causal or base == stop else min(base + length, tokens)
+                for offset in (self.offset(rate, head, num_kv_heads) for head in range(num_kv_heads)):
+                    rows += kept_rows(start % length, rate, offset)
+                    if end > stop:
+                        rows += kept_rows(end - base, rate, offset) - kept_rows(stop - base, rate, offset)
+            received.append(2 * rows * head_dim * itemsize)
+        return tuple(received)
+
     def coverage(self, *, tokens: int, num_kv_heads: int) -> tuple[float, ...]:
         """Return, per branch, the share of the `tokens` positions that at least one key/value head keeps.
 
@@ -258,6 +299,14 @@ class DilationPattern:
                 return math.inf
             reached, hops = heard, hops + 1
         return hops
+
+
+@functools.lru_cache(maxsize=256)
+def pattern_of(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str) -> DilationPattern:
+    """Return the pattern that an op's arguments spell out, without the warnings that its maker has had."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
 
 
 def kept_rows(positions: int, rate: int, offset: int) -> int:

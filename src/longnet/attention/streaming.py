@@ -169,7 +169,7 @@ class StreamState:
     ) -> Tensor:
         tiles, is_complete = plan(
             self.pattern, runs=runs, batch_size=q.shape[0], q_tokens=q.shape[2], k_tokens=q.shape[2],
-            num_heads=q.shape[1], num_kv_heads=k.shape[1], is_causal=True, is_streamed=True,
+            num_heads=q.shape[1], num_kv_heads=k.shape[1], is_causal=True, is_partial=True,
         )  # fmt: skip
         if not is_complete:
             out.zero_()

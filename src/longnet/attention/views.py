@@ -25,7 +25,8 @@ Strides = tuple[int, ...]  # of batch rows, heads, positions
 class Run(NamedTuple):
     """Positions `start` … `stop` − 1 of `rows` batch rows from `row` on: real tokens that attend to one another.
 
-    A run that began before the tensors at hand has a negative start; `first` of its positions never existed.
+    A run that began before the tensors at hand has a negative start; `first` of its positions never existed. `beyond`
+    of its positions follow the tensors at hand.
     """
 
     row: int
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     start: int
     stop: int
     first: int = 0
+    beyond: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Tile:
     Starts are the batch row, head and position of the first repetition. With `is_causal` the queries are the keys'
     rows; otherwise every query sees every key. `is_first`: no earlier tile of the plan has written these queries,
     and they are also the rows of its keys. With `is_kept` the keys' tensor holds the kept rows of branch `branch`
-    alone, one after the other, in place of every position.
+    alone, one after the other, in place of every position: those before the tensors at hand or, with `is_later`, those
+    after them.
     """
 
     row: int
@@ -69,6 +72,7 @@ class Tile:
     axes: tuple[Axis, ...]
     branch: int = 0
     is_kept: bool = False
+    is_later: bool = False
 
     @property
     def pairs(self) -> int:
@@ -95,11 +99,12 @@ def plan(
     num_heads: int,
     num_kv_heads: int,
     is_causal: bool,
-    is_streamed: bool = False,
+    is_partial: bool = False,
 ) -> Plan:
     """Lay out dilated attention as tiles. The queries are the last `q_tokens` of `k_tokens` positions.
 
-    With `is_streamed`, earlier rows of a query's segment are those that a streaming state has kept: `is_kept` tiles.
+    With `is_partial`, the runs may reach beyond the keys at hand: what else a query sees of its segment, kept by a
+    streaming state or sent by other ranks, becomes `is_kept` tiles.
     """
     branches = sorted(enumerate(pattern.branches), key=lambda branch: branch[1][1] != 1)  # who writes all comes first
     tiles: list[Tile] = []
@@ -113,11 +118,16 @@ def plan(
         for index, (branch, (length, rate)) in enumerate(branches):
             is_first = index == 0 and rate == 1
             for base, count, positions, queried in _segments(run.stop - run.start, length, q_from):
-                for tile, earlier, absent in _segment_tiles(
+                is_cut = base + positions == run.stop - run.start
+                for tile, elsewhere in _segment_tiles(
                     pattern,
                     length,
                     rate,
-                    run=run._replace(start=run.start + base, first=max(0, run.first - base)),
+                    run=run._replace(
+                        start=run.start + base,
+                        first=max(0, run.first - base),
+                        beyond=min(run.beyond, length - positions) if is_cut else 0,
+                    ),
                     count=count,
                     positions=positions,
                     queried=queried,
@@ -125,18 +135,38 @@ def plan(
                     num_heads=num_heads,
                     num_kv_heads=num_kv_heads,
                 ):
-                    if not is_causal:
+                    if not (is_causal or is_partial):
                         tiles.append(replace(tile, is_first=is_first))
                         continue
-                    own = replace(tile, k_start=tile.q_start + skipped, k_rows=tile.q_rows, is_causal=True)
+                    own = replace(tile, k_start=tile.q_start + skipped, k_rows=tile.q_rows, is_causal=is_causal)
                     tiles.append(replace(own, is_first=is_first))
-                    if is_streamed and earlier > absent:
-                        tiles.append(
-                            replace(tile, k_start=absent, k_rows=earlier - absent, branch=branch, is_kept=True)
-                        )
-                    elif earlier and not is_streamed:
-                        tiles.append(replace(tile, k_rows=earlier))
+                    absent, earlier, later_from, later = elsewhere
+                    if not is_partial:
+                        if earlier:
+                            tiles.append(replace(tile, k_rows=earlier))
+                        continue
+                    kept = replace(tile, branch=branch, is_kept=True)
+                    if earlier > absent:
+                        tiles.append(replace(kept, k_start=absent, k_rows=earlier - absent))
+                    if later and not is_causal:
+                        tiles.append(replace(kept, k_start=later_from, k_rows=later, is_later=True))
     return Plan(tuple(tiles), is_complete=branches[0][1][1] == 1 and written == batch_size * q_tokens)
+
+
+class Elsewhere(NamedTuple):
+    """Rows of a tile's segment before and after the queries' own.
+
+    Attributes:
+        absent: rows before the first that ever existed.
+        earlier: rows before the first query, absent ones included.
+        later_from: place of the first row beyond the positions at hand, counted from where they end.
+        later: rows beyond the positions at hand.
+    """
+
+    absent: int
+    earlier: int
+    later_from: int
+    later: int
 
 
 def _segments(tokens: int, length: int, q_from: int) -> Iterator[tuple[int, int, int, int]]:
@@ -164,11 +194,10 @@ def _segment_tiles(
     skipped: int,
     num_heads: int,
     num_kv_heads: int,
-) -> Iterator[tuple[Tile, int, int]]:
+) -> Iterator[tuple[Tile, Elsewhere]]:
     """Yield the tiles of `count` equal segments from `run.start` on, queried from position `queried` of each on.
 
-    A tile's keys are all rows of its segment. With it come how many of them lie before the first query, and how many
-    of those before `run.first`.
+    A tile's keys are all rows of its segment at hand.
     """
     group = num_heads // num_kv_heads
     per_offset = -(
@@ -180,12 +209,13 @@ def _segment_tiles(
     else:
         offset_step, head_step, offsets = per_offset, 1, -(-num_kv_heads // per_offset)
         full_offsets, heads_after = divmod(num_kv_heads, per_offset)
+    edges = (positions, queried, run.first, positions + run.beyond)
     # Between two cuts all offsets have as many heads, kept rows and queries as each other.
     cuts = sorted(
         {
             0,
             offsets,
-            *(cut for cut in (full_offsets, *(n % rate for n in (positions, queried, run.first))) if cut < offsets),
+            *(cut for cut in (full_offsets, *(n % rate for n in edges)) if cut < offsets),
         }
     )
     for low, high in itertools.pairwise(cuts):
@@ -216,7 +246,15 @@ def _segment_tiles(
                 Axis(group, q_head=1),
             ),
         )
-        yield tile, earlier, kept_rows(run.first, rate, low)
+        yield (
+            tile,
+            Elsewhere(
+                absent=kept_rows(run.first, rate, low),
+                earlier=earlier,
+                later_from=k_rows - positions // rate,
+                later=kept_rows(positions + run.beyond, rate, low) - k_rows,
+            ),
+        )
 
 
 def kept_tiles(
@@ -233,7 +271,7 @@ def kept_tiles(
         q_from = max(run.first, -run.start)
         for branch, (length, rate) in enumerate(pattern.branches):
             base = (tokens - 1) // length * length
-            for tile, earlier, _ in _segment_tiles(
+            for tile, (_, earlier, _, _) in _segment_tiles(
                 pattern,
                 length,
                 rate,

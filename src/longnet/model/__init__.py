@@ -5,6 +5,7 @@ from longnet.model.cache import DilatedCache
 from longnet.model.configuration import LongNetConfig
 from longnet.model.interface import use_dilated_attention, use_sparse_fixed_attention
 from longnet.model.modeling import LongNetForCausalLM, LongNetModel, LongNetPreTrainedModel
+from longnet.model.sequence_parallel import sequence_parallel
 
 __all__ = [
     "DilatedCache",
@@ -12,6 +13,7 @@ __all__ = [
     "LongNetForCausalLM",
     "LongNetModel",
     "LongNetPreTrainedModel",
+    "sequence_parallel",
     "use_dilated_attention",
     "use_sparse_fixed_attention",
 ]

@@ -7,6 +7,7 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,12 @@ from transformers.utils.output_capturing import _active_collector
 
 from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
+from longnet.attention.registration import cast_under_autocast
+from longnet.attention.sequence_parallel import Slices, attend_slice, gather_slices
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
-from longnet.model.visibility import Visible, visible_tokens, window_refusal
+from longnet.model.sequence_parallel import current_group, positions_fit
+from longnet.model.visibility import Visible, visible_slice, visible_tokens, window_refusal
 
 
 def dilated_attention_forward(
@@ -61,6 +65,12 @@ def dilated_attention_forward(
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
         if isinstance(key, StreamedKeys):
             return key.layer.attend(q, scale=scaling, bounds=bounds)
+        if isinstance(attention_mask, Visible) and attention_mask.slices is not None:
+            slices = attention_mask.slices
+            slices = slices if bounds is None else replace(slices, bounds=bounds)
+            q, k, v = cast_under_autocast(q, k, v)
+            scale = q.shape[3] ** -0.5 if scaling is None else scaling
+            return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale)[0]
         return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
 
     return _attend("dilated", attend, module, query, key, value, attention_mask, dropout, kwargs)
@@ -109,6 +119,11 @@ def _attend(
             f"{name} attention got a mask of shape {tuple(visible.shape)}, which it cannot honour: pass a 2-D padding "
             'mask (batch, tokens), or cu_seq_lens for packed documents, or attn_implementation="sdpa"'
         )
+    if visible is None and (group := current_group()) is not None:
+        slices = gather_slices(group, query.transpose(1, 2), None)
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        visible = visible_slice(slices, query.shape[2], bool(is_causal))
     refusal = _refusal(name, module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
         raise ValueError(
@@ -124,7 +139,8 @@ def _attend(
     if cu_seqlens is not None:
         bounds = _bounds_read(visible, cu_seqlens)
         if bounds is None:
-            bounds = document_bounds(cu_seqlens, tokens)
+            whole = tokens if visible is None or visible.slices is None else int(visible.slices.edges[-1])
+            bounds = document_bounds(cu_seqlens, whole)
             if visible is not None and not torch.compiler.is_compiling():
                 visible.documents.append((cu_seqlens, bounds))
     out = attend(query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal))
@@ -153,6 +169,24 @@ def _stream_refusal(name: str, visible: Visible | None, kwargs: dict[str, Any]) 
         return "packed documents cannot be continued from a cache: pass use_cache=False"
     is_causal = visible.is_causal if visible is not None else kwargs.get("is_causal", True)
     return None if is_causal else "a DilatedCache serves causal attention alone"
+
+
+def _slice_refusal(name: str, visible: Visible, slices: Slices, kwargs: dict[str, Any]) -> str | None:
+    if name != "dilated":
+        return f"{name} attention cannot be computed across ranks: leave longnet.sequence_parallel"
+    is_packed = kwargs.get("cu_seq_lens_q") is not None
+    if visible.refusal is not None and not is_packed:
+        return visible.refusal
+    positions = kwargs.get("position_ids")
+    if positions is None or is_packed or visible.documents:
+        return None
+    visible.documents.append((positions, slices.bounds))  # once a pass
+    if not positions_fit(positions, slices):
+        return (
+            "position_ids of some rank do not start where its slice of the sequence does: give the model to "
+            "longnet.sequence_parallel(mesh, model), or position_ids of the whole sequence"
+        )
+    return None
 
 
 def _refusal(
@@ -194,7 +228,11 @@ def _refusal(
         if query.shape[2] != tokens:
             return f"{query.shape[2]} queries against {tokens} keys without a mask: their positions are unknown"
     else:
-        if visible.refusal is not None:
+        if visible.slices is not None:
+            refusal = _slice_refusal(name, visible, visible.slices, kwargs)
+            if refusal is not None:
+                return refusal
+        elif visible.refusal is not None:
             return visible.refusal
         tokens = visible.tokens
         if visible.skipped != (key.layer.columns if isinstance(key, StreamedKeys) else 0):

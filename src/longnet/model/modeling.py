@@ -20,10 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from longnet.attention.sequence_parallel import gather_slices
 from longnet.model import interface  # noqa: F401  # registers "dilated" with transformers
 from longnet.model.configuration import LongNetConfig
-from longnet.model.loss import next_token_loss
+from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
+from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
+from longnet.model.visibility import bounds_of_mask, visible_slice
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
 
@@ -247,12 +250,25 @@ class LongNetModel(LongNetPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens needs position_ids that restart with each document, as collators send them")
+        group = current_group()
+        if group is not None:
+            if past_key_values is not None:
+                raise ValueError("a sequence that lies across ranks cannot be cached: leave out past_key_values")
+            use_cache = False
+            if self.config._attn_implementation != "dilated":
+                raise ValueError(
+                    f'across ranks only "dilated" attention can be computed, not "{self.config._attn_implementation}"'
+                )
         past_tokens = past_columns = 0
         if past_key_values is not None:
             past_tokens, past_columns = past_key_values.get_seq_length(), past_key_values.get_query_offset()
         rotations = None
         highest = None
-        if position_ids is None:
+        slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))
+        if position_ids is None and slices is not None:
+            position_ids = positions_of_slice(slices, hidden_states.shape[1], hidden_states.device)
+            highest = int(slices.edges[-1]) - 1
+        elif position_ids is None:
             position_ids = _positions(hidden_states, attention_mask, past_tokens, past_columns)
             highest = past_tokens + hidden_states.shape[1] - 1
         elif attention_mask is None and (use_cache or past_key_values is not None):
@@ -263,13 +279,17 @@ class LongNetModel(LongNetPreTrainedModel):
                 self.rotary, position_ids, hidden_states, past_tokens, highest, is_cached=is_cached
             )
         # Packed documents are looked for only where there is no cache: an empty one is made after the mask.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask: Any = None
+        if slices is not None:
+            mask = visible_slice(slices, hidden_states.shape[1], is_causal=True)
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden_states = self.dropout(hidden_states)
@@ -370,6 +390,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None or shift_labels is not None:
+            group = current_group()
+            if group is not None:
+                if shift_labels is None and labels is not None:
+                    shift_labels = next_labels(labels, group, gather_slices(group, hidden_states, None))
+                if num_items_in_batch is None and shift_labels is not None:
+                    num_items_in_batch = (shift_labels != IGNORED).sum()
+                    torch.distributed.all_reduce(num_items_in_batch, group=group)
             loss = next_token_loss(
                 self.lm_head,
                 hidden_states,
@@ -378,6 +405,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 shift_labels=shift_labels,
                 num_items_in_batch=num_items_in_batch,
             )
+            if group is not None:
+                loss = loss_of_all(loss, group)
         if loss is None or not self.training:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(

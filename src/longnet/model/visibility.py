@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from longnet.attention.dilated import padding_bounds
+from longnet.attention.sequence_parallel import Slices, gather_slices
+from longnet.model.sequence_parallel import current_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Visible:
             models build masks that no layer uses.
         skipped: leading ones of `tokens` whose keys the attention is not given, since a DilatedCache keeps what is
             needed of them.
+        slices: how the sequence lies across ranks, where it does; bounds are None then, and all else is of this
+            rank's slice.
         documents: cu_seq_lens that a layer has read, and their bounds, so that the next ones need not wait for the
             device.
     """
@@ -39,6 +43,7 @@ class Visible:
     is_padded: bool
     refusal: str | None
     skipped: int = 0
+    slices: Slices | None = None
     documents: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
 
     @property
@@ -80,6 +85,18 @@ def visible_tokens(
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
+    group = current_group()
+    if group is not None:
+        is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
+        refusal = None
+        if use_vmap or local_size is not None or kv_length != q_length or int(q_offset) or kv_offset:
+            refusal = "neither caches, windows nor masks of one's own can be honoured across ranks"
+        elif mask_function not in (causal_mask_function, bidirectional_mask_function):
+            refusal = (
+                "documents packed by position_ids alone have no edges across ranks: pass cu_seq_lens of all of them"
+            )
+        like = torch.empty(batch_size, q_length, 0, device=device)
+        return visible_slice(gather_slices(group, like, bounds_of_mask(attention_mask)), q_length, is_causal, refusal)
     tokens = int(q_offset) + q_length
     # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
     is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
@@ -118,6 +135,16 @@ def visible_tokens(
             )  # fmt: skip
             bounds = (documents - shift).clamp(min=0) if attention_mask is None else bounds
     return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal, skipped)
+
+
+def bounds_of_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Read a mask (B, T) into (B, 3) bounds; None where there is none."""
+    return None if attention_mask is None else padding_bounds(attention_mask.to(torch.bool))
+
+
+def visible_slice(slices: Slices, tokens: int, is_causal: bool, refusal: str | None = None) -> Visible:
+    """Describe a pass over this rank's slice of a sequence, of so many tokens."""
+    return Visible(tokens, tokens, None, is_causal, is_padded=False, refusal=refusal, slices=slices)
 
 
 def window_refusal(window: int | None, tokens: int) -> str:

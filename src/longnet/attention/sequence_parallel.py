@@ -1,0 +1,311 @@
+"""Dilated attention over a sequence that lies across the ranks of a process group (arXiv:2307.02486 §3).
+
+Each rank holds a slice. It sends the kept rows of its keys and values that other ranks need, attends to its own rows
+while they travel, then to those that came; backward, the gradients of the rows that came go home. The result is that
+of one device; the traffic does not grow with the length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.flop_counter import register_flop_formula
+
+from longnet.attention.backends import dispatch
+from longnet.attention.pattern import DilationPattern, pattern_of
+from longnet.attention.slices import SliceLayout, lay_out_slice
+from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.views import runs_of
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """How one sequence lies across the ranks of a group; the same on all of them, but for `rank`.
+
+    Attributes:
+        edges: (P + 1,) int64 on the CPU: rank p holds the positions edges[p] … edges[p + 1] − 1.
+        bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens, in positions of the whole
+            sequence.
+        rank: this one.
+        group: name of the process group.
+    """
+
+    edges: Tensor
+    bounds: Tensor
+    rank: int
+    group: str
+
+    @property
+    def start(self) -> Tensor:
+        """Position of this rank's first token, an int64 scalar on the CPU."""
+        return self.edges[self.rank]
+
+
+def group_of(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return the process group of a mesh with one axis.
+
+    Raises:
+        ValueError: a mesh of several axes.
+        TypeError: no mesh.
+    """
+    if isinstance(mesh, DeviceMesh):
+        if mesh.ndim != 1:
+            raise ValueError(f'a sequence lies along one axis, got a mesh with {mesh.ndim}: pass mesh["sp"]')
+        return mesh.get_group()
+    if not isinstance(mesh, dist.ProcessGroup):
+        raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, got {type(mesh).__name__}")
+    return mesh
+
+
+def gather_slices(group: dist.ProcessGroup, x: Tensor, bounds: Tensor | None) -> Slices:
+    """Tell all ranks of a group how long each slice is and where its real tokens lie: 2·B + 2 numbers a rank.
+
+    Args:
+        group: holds one sequence, in rank order.
+        x: (B, T, …), for the slice's shape and device.
+        bounds: (B, 3), `padding_bounds` of this rank's slice; None where every token is real.
+
+    Raises:
+        ValueError: on every rank, batches of different sizes, or a row whose real tokens have gaps.
+    """
+    edges, of_sequence = _gather(bounds, x.shape[0], x.shape[1], group.group_name, x.device)
+    return Slices(edges, of_sequence, dist.get_rank(group), group.group_name)
+
+
+@torch.library.custom_op("longnet::gather_slices", mutates_args=())
+def _gather(bounds: Tensor | None, rows: int, tokens: int, group: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    mine = torch.zeros(rows, 4, dtype=torch.int64)
+    mine[:, 0], mine[:, 1] = tokens, rows
+    if bounds is None:
+        mine[:, 3] = tokens
+    else:
+        mine[:, 2:] = bounds[:, 1:]
+    ranks = dist.distributed_c10d._get_group_size_by_name(group)  # type: ignore[arg-type]
+    all_ranks = _wait(torch.ops._c10d_functional.all_gather_into_tensor(mine.to(device), ranks, group))
+    lengths, sizes, starts, stops = all_ranks.cpu().view(-1, rows, 4).unbind(2)
+    if (sizes != rows).any():
+        raise ValueError(f"every rank must hold a slice of the same rows, got batches of {sizes[:, 0].tolist()}")
+    edges = torch.nn.functional.pad(lengths[:, 0].cumsum(0), (1, 0))
+    is_empty = starts >= stops
+    starts, stops = starts + edges[:-1, None], stops + edges[:-1, None]
+    first = torch.where(is_empty, edges[-1], starts).amin(0)
+    last = torch.where(is_empty, 0, stops).amax(0)
+    torn = ((stops - starts).clamp(min=0).sum(0) != (last - first).clamp(min=0)).nonzero().flatten().tolist()
+    if torn:
+        raise ValueError(
+            "padding_mask: the real tokens of a row must lie side by side across all ranks, with padding only before "
+            f"or after; rows {torn[:8]} have gaps"
+        )
+    first = torch.minimum(first, last)
+    return edges, torch.stack([torch.arange(rows), first, last], 1)
+
+
+@_gather.register_fake
+def _(bounds: Tensor | None, rows: int, tokens: int, group: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    ranks = dist.distributed_c10d._get_group_size_by_name(group)  # type: ignore[arg-type]
+    return torch.empty(ranks + 1, dtype=torch.int64), torch.empty(rows, 3, dtype=torch.int64)
+
+
+def attend_slice(
+    q: Tensor, k: Tensor, v: Tensor, pattern: DilationPattern, slices: Slices, *, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend with this rank's queries to the keys of all ranks.
+
+    Every rank of the group must call it, forward and backward, as often as the others.
+
+    Args:
+        q: (B, H, T, D), this rank's slice, T = edges[rank + 1] − edges[rank].
+        k: (B, G, T, D).
+        v: (B, G, T, D).
+        pattern: the branches.
+        slices: how the sequence lies across the ranks.
+        is_causal: hide the keys after each query.
+        scale: factor on q·k.
+
+    Returns:
+        out (B, H, T, D) and lse (B, H, T) of the slice, as `dilated_attention`'s.
+
+    Raises:
+        ValueError: a slice of another length than `slices` tells.
+    """
+    out, lse, _ = _op(
+        q, k, v, slices.bounds, slices.edges, slices.rank, slices.group,
+        pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale,
+    )  # fmt: skip
+    return out, lse
+
+
+def send_rows(tensors: tuple[Tensor, ...], layout: SliceLayout) -> Tensor:
+    """Return the rows of tensors (B, G, T, D) that other ranks need, side by side: (n, tensors, D)."""
+    return torch.stack([x[layout.sent] for x in tensors], 1)
+
+
+def make_halo(received: Tensor, layout: SliceLayout, batch_size: int, num_kv_heads: int) -> Tensor:
+    """Put rows (n, tensors, D) that came where the halo's tiles look for them: (tensors, B, G, halo_rows, D)."""
+    shape = (received.shape[1], batch_size, num_kv_heads, layout.halo_rows, received.shape[2])
+    halo = received.new_zeros(shape)
+    for x, rows in zip(halo, received.unbind(1), strict=True):
+        x[layout.received] = rows
+    return halo
+
+
+def _exchange(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: str) -> Tensor:
+    """Start sending rows (n, …), so many to each rank; `_wait` gives those that come."""
+    result: Tensor = torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), received, sent, group)
+    return result
+
+
+def _wait(rows: Tensor) -> Tensor:
+    result: Tensor = torch.ops._c10d_functional.wait_tensor(rows)
+    return result
+
+
+def _lay_out(q: Tensor, k: Tensor, bounds: Tensor, edges: Tensor, rank: int, *settings: Any) -> SliceLayout:
+    lengths, rates, head_offsets, is_causal = settings[:4]
+    all_edges = tuple(edges.tolist())
+    if all_edges[rank + 1] - all_edges[rank] != q.shape[2]:
+        raise ValueError(
+            f"rank {rank} holds the positions {all_edges[rank]} … {all_edges[rank + 1] - 1}, got {q.shape[2]} queries"
+        )
+    return lay_out_slice(
+        pattern_of(tuple(lengths), tuple(rates), head_offsets),
+        runs=runs_of(bounds, q.shape[0], all_edges[-1]),
+        edges=all_edges,
+        rank=rank,
+        batch_size=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        is_causal=is_causal,
+        device=q.device,
+    )
+
+
+_SETTINGS = (
+    "Tensor bounds, Tensor edges, SymInt rank, str group, SymInt[] segment_lengths, SymInt[] dilation_rates, "
+    "str head_offsets, bool is_causal, float scale"
+)
+
+
+@torch.library.custom_op(
+    "longnet::dilated_attention_slice",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, edges: Tensor, rank: int, group: str, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, lse and the halo of keys and values, (2, B, G, rows, D), which the backward pass reads again."""
+    layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
+    kernel = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    received = k.new_empty(0, 2, k.shape[3])
+    if layout.is_exchanging:
+        received = _exchange(send_rows((k, v), layout), layout.sent_counts, layout.received_counts, group)
+    q, k, v = (rows_dense(x) for x in (q, k, v))
+    out, lse = empty_like(q), empty_lse(q)
+    if not layout.is_complete:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    out, lse = attend_tiles(kernel, layout.own, q, k, v, out, lse, scale=scale)
+    if layout.is_exchanging:
+        received = _wait(received)
+    halo = make_halo(received, layout, k.shape[0], k.shape[1])
+    out, lse = attend_tiles(kernel, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    return out.to(q.dtype), lse, halo
+
+
+@torch.library.custom_op(
+    "longnet::dilated_attention_slice_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor halo, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _op_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    halo: Tensor,
+    bounds: Tensor,
+    edges: Tensor,
+    rank: int,
+    group: str,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
+    kernel = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
+    # The halo first: its gradients travel while the rest is computed.
+    dq_halo, coming = None, None
+    if layout.halo:
+        dq_halo, dhalo = empty_like(q).zero_(), empty_like(halo).zero_()
+        grads = (dq_halo, dhalo[0], dhalo[1])
+        differentiate_tiles(kernel, layout.halo, dout, q, halo[0], halo[1], out, lse, grads, scale=scale)
+    else:
+        dhalo = halo
+    if layout.is_exchanging:
+        home = torch.stack([x[layout.received] for x in dhalo], 1).to(k.dtype)
+        coming = _exchange(home, layout.received_counts, layout.sent_counts, group)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    if not layout.is_complete:
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    dq, dk, dv = differentiate_tiles(kernel, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+    if dq_halo is not None:
+        dq.add_(dq_halo)
+    if coming is not None:
+        take_home(_wait(coming), layout, (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def take_home(came: Tensor, layout: SliceLayout, grads: tuple[Tensor, ...]) -> None:
+    """Add gradients (n, tensors, D) of the rows that were sent to those of this rank, (B, G, T, D) each."""
+    for grad, rows in zip(grads, came.unbind(1), strict=True):
+        grad.index_put_(layout.sent, rows.to(grad.dtype), accumulate=True)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, bounds, edges, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, edges)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_op_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * (2 + len(ctx.settings)))
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size()  # depends on where documents end
+    dense = rows_dense(q)
+    return empty_like(dense).to(q.dtype), empty_lse(dense), k.new_empty(2, k.shape[0], k.shape[1], rows, k.shape[3])
+
+
+@_op_backward.register_fake
+def _(_dout: Tensor, *qkv_and_rest: Any) -> tuple[Tensor, ...]:
+    return tuple(empty_like(rows_dense(x)).to(x.dtype) for x in qkv_and_rest[:3])
+
+
+_op.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+def _count(q: Tensor, k: Tensor, _v: Tensor, *settings: Any, **_: Any) -> int:
+    bounds, edges, rank, _group, *rest = settings
+    layout = _lay_out(q, k, bounds, edges, rank, *rest)
+    return 4 * q.shape[3] * sum(tile.pairs for tile in (*layout.own, *layout.halo))
+
+
+def _count_backward(
+    _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, _halo: Tensor, *rest: Any, **_: Any
+) -> int:
+    return _count(q, k, v, *rest) * 5 // 2
+
+
+register_flop_formula(torch.ops.longnet.dilated_attention_slice, get_raw=True)(_count)
+register_flop_formula(torch.ops.longnet.dilated_attention_slice_backward, get_raw=True)(_count_backward)

@@ -1,0 +1,207 @@
+"""One sequence cut into slices, one a rank: which tiles a rank computes, and which rows it needs of the others.
+
+Before any row travels it is sparsified: of a branch a rank needs the kept rows of the segment that its slice begins in
+and, where attention is not causal, of the one that it ends in, w_i / r_i rows at most, however long the sequence
+(arXiv:2307.02486 §3.1). Those rows are the *halo*. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.views import Run, Tile, plan
+
+
+class Rows(NamedTuple):
+    """Rows of a tensor (B, G, T, D): (n,) int64 each. `x[rows]` is (n, D)."""
+
+    batch: Tensor
+    head: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SliceLayout:
+    """What one rank computes and exchanges in one call.
+
+    Attributes:
+        own: tiles of its own queries and keys.
+        is_complete: the `is_first` ones among them write every query.
+        halo: tiles of its own queries and the halo's keys.
+        halo_rows: of the halo (B, G, halo_rows, D).
+        sent: rows of its keys for the other ranks, in rank order.
+        sent_counts: how many for each.
+        received: rows of the halo that the other ranks fill, in rank order.
+        received_counts: how many from each.
+        is_exchanging: some rank needs rows of another one; where none does, none communicates.
+    """
+
+    own: tuple[Tile, ...]
+    is_complete: bool
+    halo: tuple[Tile, ...]
+    halo_rows: int
+    sent: Rows
+    sent_counts: tuple[int, ...]
+    received: Rows
+    received_counts: tuple[int, ...]
+    is_exchanging: bool
+
+
+class _Need(NamedTuple):
+    """Positions `low` … `high` − 1 of a segment that a slice needs and does not hold; `run` and `base` are global."""
+
+    run: Run
+    branch: int
+    base: int
+    low: int
+    high: int
+    is_later: bool
+
+
+@functools.lru_cache(maxsize=64)
+def lay_out_slice(
+    pattern: DilationPattern,
+    *,
+    runs: tuple[Run, ...],
+    edges: tuple[int, ...],
+    rank: int,
+    batch_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    is_causal: bool,
+    device: torch.device,
+) -> SliceLayout:
+    """Lay out the attention of the slice edges[rank] … edges[rank + 1] − 1 of a sequence.
+
+    Args:
+        pattern: the branches.
+        runs: what attends to one another, in positions of the whole sequence.
+        edges: (P + 1,) the slices' boundaries, from 0 to the length.
+        rank: which slice.
+        batch_size: B.
+        num_heads: H.
+        num_kv_heads: G.
+        is_causal: hide the keys after each query.
+        device: of the rows' indices.
+    """
+    ranks = len(edges) - 1
+    start, stop = edges[rank], edges[rank + 1]
+    at_hand = tuple(
+        run._replace(start=run.start - start, stop=min(run.stop, stop) - start, beyond=max(0, run.stop - stop))
+        for run in runs
+        if run.start < stop and run.stop > start
+    )
+    tiles, is_complete = plan(
+        pattern, runs=at_hand, batch_size=batch_size, q_tokens=stop - start, k_tokens=stop - start,
+        num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal, is_partial=True,
+    )  # fmt: skip
+    needs = [list(_needs(pattern, runs, edges, receiver, is_causal=is_causal)) for receiver in range(ranks)]
+    places, halo_rows = _places(pattern, needs[rank])
+    sent, received = _Indices(), _Indices()
+    for other in range(ranks):
+        for need in needs[other] if other != rank else ():
+            sent.add(pattern, need, _within(need, edges, rank), num_kv_heads, first=need.run.start + need.base - start)
+        sent.close()
+        for need in needs[rank] if other != rank else ():
+            first = places[need.branch, need.is_later]
+            received.add(pattern, need, _within(need, edges, other), num_kv_heads, place=first)
+        received.close()
+    return SliceLayout(
+        own=tuple(tile for tile in tiles if not tile.is_kept),
+        is_complete=is_complete,
+        halo=tuple(
+            replace(tile, k_start=tile.k_start + places[tile.branch, tile.is_later]) for tile in tiles if tile.is_kept
+        ),
+        halo_rows=halo_rows,
+        sent=sent.rows(device),
+        sent_counts=tuple(sent.counts),
+        received=received.rows(device),
+        received_counts=tuple(received.counts),
+        is_exchanging=any(needs),
+    )
+
+
+def _needs(
+    pattern: DilationPattern, runs: Sequence[Run], edges: Sequence[int], rank: int, *, is_causal: bool
+) -> Iterator[_Need]:
+    """Yield what a rank needs of others: per run and branch, the rest of the segments that its slice cuts."""
+    start, stop = edges[rank], edges[rank + 1]
+    for run in runs:
+        if start == stop or run.start >= stop or run.stop <= start:
+            continue
+        for branch, length in enumerate(pattern.segment_lengths):
+            inside = max(0, start - run.start) % length
+            if inside:
+                yield _Need(run, branch, start - run.start - inside, 0, inside, is_later=False)
+            inside = (stop - run.start) % length
+            if inside and run.stop > stop and not is_causal:
+                base = stop - run.start - inside
+                yield _Need(run, branch, base, inside, min(length, run.stop - run.start - base), is_later=True)
+
+
+def _places(pattern: DilationPattern, needs: Sequence[_Need]) -> tuple[dict[tuple[int, bool], int], int]:
+    """Return where the halo of each branch and side begins, and how many rows there are in all."""
+    sizes: dict[tuple[int, bool], int] = {}
+    for need in needs:
+        rate = pattern.dilation_rates[need.branch]
+        size, key = kept_rows(need.high, rate, 0) - need.low // rate, (need.branch, need.is_later)
+        sizes[key] = max(size, sizes.get(key, 0))
+    *starts, total = itertools.accumulate(sizes.values(), initial=0)
+    return dict(zip(sizes, starts, strict=True)), total
+
+
+def _within(need: _Need, edges: Sequence[int], rank: int) -> tuple[int, int]:
+    """Return which positions of the needed ones a rank holds, counted from the segment's start."""
+    first = need.run.start + need.base
+    return max(need.low, edges[rank] - first), min(need.high, edges[rank + 1] - first)
+
+
+class _Indices:
+    """Rows gathered piece by piece: per piece a product of batch rows and positions of one head."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self._pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._count = 0
+
+    def add(
+        self,
+        pattern: DilationPattern,
+        need: _Need,
+        span: tuple[int, int],
+        num_kv_heads: int,
+        *,
+        first: int | None = None,
+        place: int = 0,
+    ) -> None:
+        """Add the kept rows of a span of a segment: as positions from `first` on, or as the halo's from `place` on."""
+        low, high = span
+        if low >= high:
+            return
+        rate = pattern.dilation_rates[need.branch]
+        batch = torch.arange(need.run.row, need.run.row + need.run.rows)
+        for head in range(num_kv_heads):
+            offset = pattern.offset(rate, head, num_kv_heads)
+            inside = torch.arange(low + (offset - low) % rate, max(high, low + (offset - low) % rate), rate)
+            at = inside // rate - need.low // rate + place if first is None else inside + first
+            rows, positions = batch.repeat_interleave(len(at)), at.repeat(len(batch))
+            self._pieces.append((rows, torch.full_like(rows, head), positions))
+            self._count += len(rows)
+
+    def close(self) -> None:
+        """End the rows of one rank."""
+        self.counts.append(self._count - sum(self.counts))
+
+    def rows(self, device: torch.device) -> Rows:
+        """Return all rows, those of the first rank first."""
+        none = torch.empty(0, dtype=torch.int64)
+        columns = zip(*self._pieces, strict=True) if self._pieces else ([none],) * 3
+        return Rows(*(torch.cat(list(column)).to(device) for column in columns))

@@ -1,0 +1,182 @@
+"""What each rank of a gloo group checks, in a process of its own: `run_ranks("parallel_checks:…", …)`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+import longnet
+from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
+from longnet.attention import sequence_parallel
+
+PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
+
+
+def edges_of(tokens, ranks):
+    """Uneven slices: the last rank's is the shortest."""
+    size = -(-tokens // ranks)
+    return [min(tokens, rank * size) for rank in range(ranks + 1)]
+
+
+class Watched:
+    """What the op does with the other ranks, in order: bytes that all_to_all brings, calls of tiles, waits."""
+
+    NAMES = ("_exchange", "_wait", "attend_tiles", "differentiate_tiles")
+
+    def __enter__(self):
+        self.received, self.order = [], []
+        self._kept = {name: getattr(sequence_parallel, name) for name in self.NAMES}
+        for name, function in self._kept.items():
+            setattr(sequence_parallel, name, functools.partial(self._call, name, function))
+        return self
+
+    def _call(self, name, function, *args, **kwargs):
+        result = function(*args, **kwargs)
+        self.order.append(name)
+        if name == "_exchange":
+            self.received.append(result.nbytes)
+        return result
+
+    def __exit__(self, *_):
+        for name, function in self._kept.items():
+            setattr(sequence_parallel, name, function)
+
+
+def inputs(batch=2, heads=4, kv_heads=2, tokens=101, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(batch, heads, tokens, 16), (batch, kv_heads, tokens, 16), (batch, kv_heads, tokens, 16)]
+    shapes.append(shapes[0])
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def attention(rank, ranks):
+    """The op on slices against the op on the whole: worst differences by case, and bytes against the closed form."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("sp",))["sp"]
+    worst, traffic = {}, []
+    padding = torch.zeros(2, 101, dtype=torch.bool)
+    padding[0, 37:], padding[1, :90] = True, True
+    documents = torch.tensor([0, 5, 5, 60, 101], dtype=torch.int32)
+    for dtype, is_causal, mask in itertools.product(
+        (torch.float64, torch.float32, torch.bfloat16), (True, False), (None, "padding", "documents")
+    ):
+        *whole, dout = inputs(batch=1 if mask == "documents" else 2, dtype=dtype)
+        masks = {"padding": {"padding_mask": padding}, "documents": {"cu_seqlens": documents}}.get(mask, {})
+        whole = [x.requires_grad_() for x in whole]
+        out, lse = dilated_attention(*whole, PATTERN, is_causal=is_causal, return_lse=True, **masks)
+        expected = [out, lse, *torch.autograd.grad(out, whole, dout)]
+        edges = edges_of(101, ranks)
+        here = slice(edges[rank], edges[rank + 1])
+        if mask == "padding":
+            masks = {"padding_mask": padding[:, here]}
+        mine = [x.detach()[:, :, here].requires_grad_() for x in whole]
+        with Watched() as counted:
+            out, lse = dilated_attention(*mine, PATTERN, is_causal=is_causal, mesh=mesh, return_lse=True, **masks)
+            found = [out, lse, *torch.autograd.grad(out, mine, dout[:, :, here])]
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            here_alone = b[:, :, here]
+            assert torch.equal(a.isinf(), here_alone.isinf())
+            a, b = (x.double().nan_to_num(0, 0, 0) for x in (a, here_alone))  # noqa: PLW2901
+            worst[str(dtype), is_causal, mask, name] = ((a - b).abs().max() / b.abs().max()).item()
+        if mask is None:
+            closed = PATTERN.traffic(
+                tokens=101, ranks=ranks, num_kv_heads=2, head_dim=16, itemsize=dtype.itemsize, is_causal=is_causal
+            )
+            sent_back = counted.received[1:]
+            traffic.append((counted.received[:1], [2 * closed[rank]], sent_back, counted.order))
+    return worst, traffic
+
+
+def failures(rank, ranks):
+    """What every rank is told, in words, and that none hangs."""
+    group, messages = dist.group.WORLD, []
+    q, k, v, _ = inputs(batch=1, heads=2, tokens=8)
+
+    def attempt(*tensors, **masks):
+        try:
+            dilated_attention(*tensors, PATTERN, mesh=group, **masks)
+        except (ValueError, TypeError) as error:
+            messages.append(str(error))
+
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    mask[0, -1] = rank != 0  # a gap between the ranks, whole on each
+    attempt(q, k, v, padding_mask=mask)
+    attempt(q[:, :, :4], k, v)
+    attempt(q, k, v, backend="reference")
+    return messages
+
+
+def model(rank, ranks):
+    """LongNet on slices against LongNet on the whole: loss and weights' gradients after adding them up."""
+    group, worst = dist.group.WORLD, {}
+    ids = torch.randint(0, 64, (2, 101), generator=torch.Generator().manual_seed(5))
+    edges = edges_of(101, ranks)
+    here = slice(edges[rank], edges[rank + 1])
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+    for positions, padded, is_checkpointed in [("xpos", False, False), ("rope", True, False), ("rope", False, True)]:
+        torch.manual_seed(0)
+        config = LongNetConfig(
+            attn_implementation="dilated", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, position_embedding=positions, segment_lengths=[8, 32, 128], dilation_rates=[1, 2, 8],
+        )  # fmt: skip
+        net = LongNetForCausalLM(config).double().train()
+        masks = {"attention_mask": mask} if padded else {}
+        labels = ids.masked_fill(mask == 0, -100) if padded else ids
+        loss = net(ids, labels=labels, **masks).loss
+        loss.backward()
+        expected = [parameter.grad for parameter in net.parameters()]
+        net.zero_grad()
+        if is_checkpointed:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        if padded:
+            masks = {"attention_mask": mask[:, here]}
+        with longnet.sequence_parallel(group):
+            share = net(ids[:, here], labels=labels[:, here], **masks).loss
+            share.backward()
+        for parameter in net.parameters():
+            dist.all_reduce(parameter.grad)
+        gradients = zip(expected, net.parameters(), strict=True)
+        worst[positions, padded, is_checkpointed] = (
+            abs(share.item() - loss.item()) / loss.item(),
+            max(((a - b.grad).abs().max() / a.abs().max()).item() for a, b in gradients),
+        )
+    return worst
+
+
+def other_models(rank, ranks):
+    """A Llama and a BERT, unchanged, on slices: worst difference of the last hidden states, and what is refused."""
+    group, worst, messages = dist.group.WORLD, {}, []
+    ids = torch.randint(0, 64, (2, 61), generator=torch.Generator().manual_seed(5))
+    edges = edges_of(61, ranks)
+    here = slice(edges[rank], edges[rank + 1])
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    for make, config in [(LlamaModel, LlamaConfig), (BertModel, BertConfig)]:
+        torch.manual_seed(0)
+        net = make(config(**small)).double().eval()
+        longnet.use_dilated_attention(net, PATTERN)
+        expected = net(ids).last_hidden_state[:, here]
+        with longnet.sequence_parallel(group, net):
+            found = net(ids[:, here]).last_hidden_state
+        worst[make.__name__] = (found - expected).abs().max().item()
+        if make is LlamaModel:
+            with longnet.sequence_parallel(group):
+                try:
+                    net(ids[:, here])
+                except ValueError as error:
+                    messages.append(str(error))
+            edges_of_documents = torch.tensor([0, 30, 61], dtype=torch.int32)
+            positions = torch.cat([torch.arange(30), torch.arange(31)])[None]
+            packed = {"cu_seq_lens_q": edges_of_documents, "cu_seq_lens_k": edges_of_documents, "use_cache": False}
+            expected = net(ids[:1], position_ids=positions, **packed).last_hidden_state[:, here]
+            with longnet.sequence_parallel(group, net):
+                found = net(ids[:1, here], position_ids=positions[:, here], **packed).last_hidden_state
+            worst["packed"] = (found - expected).abs().max().item()
+    return worst, messages
