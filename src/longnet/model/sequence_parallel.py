@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet.attention.sequence_parallel import Slices, gather_slices, group_of
 
-_group: ContextVar[dist.ProcessGroup | None] = ContextVar("sequence_parallel_group", default=None)
+# No ContextVar: torch.compile cannot trace one, and a backward pass that runs layers again does so in other threads.
+_groups: list[dist.ProcessGroup] = []
 
 
 @contextlib.contextmanager
@@ -40,22 +40,21 @@ def sequence_parallel(mesh: DeviceMesh | dist.ProcessGroup, model: nn.Module | N
         ValueError: a mesh of several axes.
         TypeError: no mesh.
     """
-    group = group_of(mesh)
-    token = _group.set(group)
-    hook = None
+    group, hook = group_of(mesh), None
+    _groups.append(group)
     if model is not None and "position_ids" in inspect.signature(model.forward).parameters:
         hook = model.register_forward_pre_hook(_give_positions, with_kwargs=True)
     try:
         yield
     finally:
-        _group.reset(token)
+        _groups.pop()
         if hook is not None:
             hook.remove()
 
 
 def current_group() -> dist.ProcessGroup | None:
     """Return the group whose ranks hold the sequence, None outside `sequence_parallel`."""
-    return _group.get()
+    return _groups[-1] if _groups else None
 
 
 def positions_of_slice(slices: Slices, tokens: int, device: torch.device) -> Tensor:
