@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -368,8 +368,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             use_cache: return a cache.
             labels: (B, T), usually the input_ids: the loss asks token t for labels[:, t + 1], and for nothing where
                 that is −100.
-            logits_to_keep: compute logits of the last so many tokens only, 0 for all, or of the given indices. The
-                loss is over all labels whatever this says.
+            logits_to_keep: compute logits of the last so many tokens only, 0 for all, or of the given indices, (n,) or
+                (B, n). The loss is over all labels whatever this says.
             shift_labels: (B, T), instead of labels, already shifted.
             num_items_in_batch: what the sum of losses is divided by, instead of the labels asked for.
             **kwargs: as LongNetModel's.
@@ -408,7 +408,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             if group is not None:
                 loss = loss_of_all(loss, group)
         if loss is None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = self.lm_head(_wanted(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -416,6 +416,14 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _wanted(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 def _sub_layernorm(config: LongNetConfig, width: int) -> nn.Module:
