@@ -53,6 +53,7 @@ def stream(
     dtype
         Of weights and state.
     """
+    import gc
     import json
 
     import torch
@@ -75,6 +76,7 @@ def stream(
     loaded.to(place)  # type: ignore[arg-type]  # in eval mode, as everything that is loaded
     source = reading.open_source(files, tokenizer, folder, loaded.config.vocab_size)
     total = source.tokens if tokens is None else tokens if source.tokens is None else min(tokens, source.tokens)
+    gc.freeze()  # what is imported stays: without, each collection walks all of it, on one core
     columns = ("{task.completed:,} tokens", "{task.fields[speed]:,.0f}/s", "perplexity {task.fields[perplexity]:.3f}")
     console = Console()
     sums = reading.Sums()

@@ -149,6 +149,13 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x (B, H, T, D), in the dtype of `rotation`; rounded once, to the dtype of x."""
     first, second = x.to(rotation.cos.dtype).chunk(2, dim=-1)
     cos, sin = rotation
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Written where it stays: torch.cat of strided halves runs on one core, and took a tenth of a stream's time.
+        out = torch.empty_like(x, dtype=cos.dtype)
+        halves = out.chunk(2, dim=-1)
+        torch.mul(first, cos, out=halves[0]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=halves[1]).addcmul_(first, sin)
+        return out.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
