@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,11 +23,7 @@ def _run(rank: int, check: str, ranks: int, folder: str, arguments: tuple) -> No
     limit = timedelta(seconds=60)  # a rank that waits for one that failed ends, too
     dist.init_process_group("gloo", timeout=limit, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     module, function = check.split(":")
-    try:
-        result = getattr(importlib.import_module(module), function)(rank, ranks, *arguments)
-    except Exception:
-        traceback.print_exc()
-        raise
+    result = getattr(importlib.import_module(module), function)(rank, ranks, *arguments)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
