@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from longnet.training.checkpoint import newest_whole
+from longnet.training.checkpoint import has_checkpoints, newest_whole
 from training.jobs import preloaded, run_agent, write_recipe
 from training.runs import checkpoints, lines, tensors
 from training.test_parallel import start, told
@@ -121,7 +121,7 @@ def test_a_killed_rank_comes_back_with_torchrun(recipe, whole, tmp_path, seed):
 def test_the_others_end_when_a_rank_is_killed(context, recipe, tmp_path):
     run = tmp_path / "RUN"
     job = start(context, recipe, run, (2, 1))
-    until(lambda: newest_whole(run).whole)
+    until(functools.partial(has_checkpoints, run))
     os.kill(job.processes[1].pid, signal.SIGKILL)
     started = time.monotonic()
     assert job.wait() == [2, -signal.SIGKILL]
@@ -134,7 +134,7 @@ def test_the_others_end_when_a_rank_is_killed(context, recipe, tmp_path):
 def test_a_rank_that_hangs_is_named_by_the_others(context, recipe, tmp_path, rank):
     run = tmp_path / "RUN"
     job = start(context, recipe, run, (2, 1), "--parallel.timeout-seconds", 5, "--train.steps", 100_000)
-    until(lambda: newest_whole(run).whole)
+    until(functools.partial(has_checkpoints, run))
     os.kill(job.processes[rank].pid, signal.SIGSTOP)
     started = time.monotonic()
     job.processes[1 - rank].join(60)
@@ -199,7 +199,7 @@ def test_a_full_disk_of_one_rank_costs_the_checkpoint_alone(context, recipe, who
 def test_a_signal_ends_all_ranks_after_the_same_step(context, recipe, whole, tmp_path):
     run = tmp_path / "RUN"
     job = start(context, recipe, run, (2, 1))
-    until(lambda: newest_whole(run).whole)
+    until(functools.partial(has_checkpoints, run))
     os.kill(job.processes[1].pid, signal.SIGTERM)
     assert job.wait() == [128 + signal.SIGTERM] * 2
     assert "stopped by SIGTERM after step " in job.printed()[0]

@@ -228,6 +228,29 @@ def test_a_full_disk_costs_the_checkpoint_alone(whole, tmp_path, monkeypatch):
     assert at(tmp_path / "RUN", 12) == at(expected, 12)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(train={"steps": 6}, checkpoint={"every": 3, "keep": 0})
+    train(recipe, tmp_path / "at once", progress=False)
+    later, waited = threading.Event(), []
+    real_write, real_batch = loop.write_snapshot, Windows.batch
+
+    def write(*arguments, **keywords):
+        waited.append(later.wait(60))
+        real_write(*arguments, **keywords)
+
+    def batch(windows, step, *arguments, **keywords):
+        if step == 5:  # two steps after the first checkpoint was begun
+            later.set()
+        return real_batch(windows, step, *arguments, **keywords)
+
+    monkeypatch.setattr(loop, "write_snapshot", write)
+    monkeypatch.setattr(Windows, "batch", batch)
+    train(recipe, tmp_path / "later", progress=False)
+    assert waited == [True, True]
+    for step in (3, 6):
+        assert at(tmp_path / "later", step) == at(tmp_path / "at once", step)
+
+
 def test_a_finished_run_stays_as_it_is(whole):
     recipe, run = whole
     before = lines(run)
@@ -256,6 +279,13 @@ def test_another_recipe_cannot_resume(whole, make_recipe, replaced, named):
     with pytest.raises(ValueError, match=f"cannot be resumed with another recipe: {named}"):
         train(make_recipe(**replaced), run, resume=True, progress=False)
     assert lines(run) == before
+
+
+def test_another_format_cannot_resume(whole, monkeypatch):
+    recipe, run = whole
+    monkeypatch.setattr(loop, "FORMAT", 1)
+    with pytest.raises(ValueError, match=r"step-00000012 has format 2, and this version of longnet continues format 1"):
+        train(recipe, run, resume=True, progress=False)
 
 
 def test_other_data_cannot_resume_but_may_lie_elsewhere(whole, make_recipe, tmp_path):

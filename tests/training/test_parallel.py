@@ -1,16 +1,19 @@
 """`longnet train` across ranks: what one process computes, written once, and resumed by any number of them."""
 
+import functools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM
 
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.training.checkpoint import lock_run, model_folder
 from longnet.training.config import ParallelConfig
-from longnet.training.parallel import Ranks
+from longnet.training.parallel import Ranks, _meet
 from training.jobs import Job, preloaded, write_recipe
 from training.runs import checkpoints, lines, tensors, values
 
@@ -136,6 +139,38 @@ def test_the_parts_of_a_batch_are_the_batch(data, mesh):
         for index in (0, 1):
             rows = [torch.cat([parts[r * sp + c][index] for c in range(sp)], 1) for r in range(dp)]
             assert torch.equal(torch.cat(rows), whole[index])
+
+
+def test_ranks_meet_whatever_earlier_attempts_have_left():
+    store, met = HashStore(), set()
+    for attempt in range(3):
+        for rank in (1, 2):  # said by ranks that died before they were answered
+            store.set(f"hello/{rank}", f"stale {attempt} {rank}")
+        with ThreadPoolExecutor(3) as threads:
+            prefixed = list(threads.map(functools.partial(_meet, store, size=3), range(3)))
+        prefixed[0].set("attempt", str(attempt))
+        assert {each.get("attempt") for each in prefixed} == {str(attempt).encode()}
+        assert not any(each.check([f"seen {attempt - 1}"]) for each in prefixed)
+        prefixed[1].set(f"seen {attempt}", "")
+        met.add(prefixed[0])
+    assert len(met) == 3
+
+
+def compile_without_compiler(rank):
+    """Trace and cut graphs as ever, and let torch run them: inductor takes a minute."""
+    torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)])
+def test_compiled_layers_give_the_same_losses(context, recipe, runs, tmp_path, mesh):
+    (alone, _), run = runs[1, 1], tmp_path / "RUN"
+    job = start(
+        context, recipe, run, mesh, "--train.compile", "--train.steps", 4,
+        prepare="training.test_parallel:compile_without_compiler",
+    )  # fmt: skip
+    assert job.wait() == [0, 0], job.printed()
+    found = [line["loss"] for line in lines(run) if line["kind"] == "train"]
+    assert found == pytest.approx(losses(alone)[:4], rel=1e-5)  # the warm-up is that of the longer run
 
 
 def told(job):

@@ -41,6 +41,7 @@ from longnet.training.metrics import Metrics, Screen, describe, peak_flops
 from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
 from longnet.training.parallel import Ranks, open_ranks, whole
 from longnet.training.state import (
+    FORMAT,
     State,
     changed_machine,
     read_record,
@@ -405,6 +406,11 @@ def _starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks,
     if found.damaged:
         screen.warn(f"damaged: {describe_damage(found.damaged)}; {found.whole.name} is used instead")
     record = read_record(found.whole)
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"{found.whole} has format {record['format']}, and this version of longnet continues format {FORMAT}: "
+            "continue it with the version that wrote it, or begin another run"
+        )
     if record["data"] != data.fingerprint:
         raise ValueError(f"{output} was trained on other data than {data.folder}: resume it with its own")
     changed = differences(record["recipe"], tables)
