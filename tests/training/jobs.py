@@ -3,6 +3,7 @@
 They are forked from a process that has imported everything and computed nothing, so that a rank starts at once.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -90,6 +91,7 @@ class Job:
 
 def run_rank(environment, command, folder, prepare):
     """Be a rank: print into the folder, and run the command."""
+    gc.freeze()  # a store of the agent's, whose thread is not in this process, must not be collected here
     os.environ.update(environment)
     rank = int(os.environ["RANK"])
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -43,10 +43,10 @@ def recipe(make_recipe, tmp_path_factory):
     return write_recipe(recipe, tmp_path_factory.mktemp("recipe") / "recipe.toml")
 
 
-def start(context, recipe, run, mesh, *flags, prepare=None):
+def start(context, recipe, run, mesh, *flags, size=None, prepare=None):
     dp, sp = mesh
     command = ["train", recipe, "-o", run, "--resume", "--parallel.dp", dp, "--parallel.sp", sp, *flags]
-    return Job(context, command, dp * sp, run.with_name(run.name + "-printed"), prepare=prepare)
+    return Job(context, command, size or dp * sp, run.with_name(run.name + "-printed"), prepare=prepare)
 
 
 @pytest.fixture(scope="module")
@@ -178,18 +178,18 @@ def told(job):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "flags", "message"),
+    ("mesh", "size", "flags", "message"),
     [
-        ((2, 1), ["--parallel.dp", 3], r"parallel.dp × parallel.sp = 3 × 1 = 3, but this is one of 2 processes: start "
+        ((3, 1), 2, [], "parallel.dp × parallel.sp = 3 × 1 = 3, but this is one of 2 processes: start "
          "torchrun --nproc-per-node 3 -m longnet train …, or choose dp and sp whose product is 2"),
-        ((1, 1), ["--parallel.sp", 2], "but this is the only process: start torchrun --nproc-per-node 2 -m longnet"),
-        ((2, 1), ["--train.batch-sequences", 3], "parallel.dp × train.accumulate must divide train.batch_seq"),
-        ((1, 2), ["--model.attention", "sdpa"], "parallel.sp = 2 needs model.attention = 'dilated', got 'sdpa'"),
+        ((1, 2), 1, [], "but this is the only process: start torchrun --nproc-per-node 2 -m longnet"),
+        ((2, 1), 2, ["--train.batch-sequences", 3], "parallel.dp × train.accumulate must divide train.batch_seq"),
+        ((1, 2), 2, ["--model.attention", "sdpa"], "parallel.sp = 2 needs model.attention = 'dilated', got 'sdpa'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shared_out_is_refused_in_one_line(context, recipe, tmp_path, mesh, flags, message):
-    job = start(context, recipe, tmp_path / "RUN", mesh, *flags)
-    assert job.wait() == [2] * (mesh[0] * mesh[1])
+def test_what_cannot_be_shared_out_is_refused_in_one_line(context, recipe, tmp_path, mesh, size, flags, message):
+    job = start(context, recipe, tmp_path / "RUN", mesh, *flags, size=size)
+    assert job.wait() == [2] * size
     [line] = told(job)
     assert message in line
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import uuid
 import warnings
@@ -31,12 +32,11 @@ from longnet.data.loader import Windows
 from longnet.model import LongNetForCausalLM
 from longnet.model.sequence_parallel import sequence_parallel
 from longnet.training.config import ParallelConfig
-from longnet.training.watch import Watch
+from longnet.training.watch import TOLD, Watch
 
 T = TypeVar("T")
 
 _LAUNCH = "torchrun --nproc-per-node {} -m longnet train …"
-_TOLD = "told"  # in the store: which rank tells the user what has ended the job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +227,10 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_lost_connection(error):
             raise
-        if store.compare_set(_TOLD, "", str(rank)) != str(rank).encode():
+        if store.compare_set(TOLD, "", str(rank)) != str(rank).encode():
             raise SystemExit(2) from error
         if isinstance(error, RuntimeError):
-            reason = str(error).splitlines()[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # no place, no advice
             raise ConnectionError(f"rank {rank} has lost another rank, which torchrun names: {reason}") from error
         raise
 

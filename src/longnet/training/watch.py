@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+TOLD = "told"  # in the store: which rank tells the user what has ended the job
 _LOOKS = 20  # at the others, within the time that a rank may take
 
 
@@ -70,7 +71,9 @@ class Watch:
                 elif before is None:
                     before = self._beats()
                 elif stood > self._seconds:
-                    self._stop(_culprits(before, self._beats(), self._seconds))
+                    why = _culprits(before, self._beats(), self._seconds)
+                    self._store.compare_set(TOLD, "", str(self._rank))  # who loses this rank need not say so
+                    self._stop(why)
             except RuntimeError as error:  # torchrun is gone, and with it its store
                 self._stop(f"torchrun's store does not answer: {str(error).splitlines()[0]}")
 
