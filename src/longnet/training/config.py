@@ -102,8 +102,8 @@ class ParallelConfig:
     """Ranks that divide each sequence among them, a slice of its tokens on each; only with dilated attention."""
 
     timeout_seconds: int = 600
-    """How long a rank may take for one thing, the slowest of a step, compiling, an evaluation and reading a checkpoint.
-    After that the others stop, and name it."""
+    """How long a rank may take for one thing: a step, compiling, an evaluation, reading a checkpoint, waiting until one
+    is written. After that the others stop, and name it."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
