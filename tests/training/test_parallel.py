@@ -104,7 +104,7 @@ def test_a_checkpoint_of_many_ranks_is_one_hugging_face_folder(runs):
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in last(alone).iterdir())
     assert len(list((folder / "optimizer").iterdir())) == 4
     model, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, last(alone)))
-    assert model.config.to_dict() == expected.config.to_dict()
+    assert model.config.to_diff_dict() | {"_name_or_path": ""} == expected.config.to_diff_dict() | {"_name_or_path": ""}
     ids = torch.arange(97, 120)[None]
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
 
@@ -161,7 +161,7 @@ def compile_without_compiler(rank):
     torch.compile = functools.partial(torch.compile, backend="eager")
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("mesh", [(1, 2), pytest.param((2, 1), marks=pytest.mark.deep)])
 def test_compiled_layers_give_the_same_losses(context, recipe, runs, tmp_path, mesh):
     (alone, _), run = runs[1, 1], tmp_path / "RUN"
     job = start(

@@ -51,7 +51,6 @@ class Ranks:
         shards: mesh of all ranks on one axis, over which weights are shared out.
         saving: mesh of all ranks on the CPU with a gloo group of its own: a checkpoint is written while training goes
             on, and neither waits for the other.
-        store: torchrun's, for this attempt alone.
         watch: stops this process where a rank hangs.
     """
 
@@ -61,7 +60,6 @@ class Ranks:
     axes: DeviceMesh | None = None
     shards: DeviceMesh | None = None
     saving: DeviceMesh | None = None
-    store: Store | None = None
     watch: Watch | None = field(default=None, repr=False)
 
     @property
@@ -254,7 +252,6 @@ def _start(config: ParallelConfig, device: torch.device, rank: int, store: Store
         axes=init_device_mesh(device.type, (config.dp, config.sp), mesh_dim_names=("dp", "sp")),
         shards=init_device_mesh(device.type, (config.size,)),
         saving=DeviceMesh.from_group(group, "cpu"),
-        store=store,
         watch=watch,
     )
 
