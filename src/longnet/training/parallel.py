@@ -218,7 +218,8 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"rank {rank} could not meet the {size - 1} others: {reason}") from error
     try:
-        with Watch(store.clone(), rank, size, config.timeout_seconds) as watch:
+        clone = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+        with Watch(clone, rank, size, config.timeout_seconds) as watch:
             yield _start(config, device, rank, store, watch)
             dist.barrier()  # one that leaves early closes connections
             dist.destroy_process_group()
