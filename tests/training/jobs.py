@@ -67,7 +67,7 @@ class Job:
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=300):
         """Return the exit status of each rank once all have ended."""
         until = time.monotonic() + seconds
         for process in self.processes:
