@@ -28,6 +28,7 @@ from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
 from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
+from longnet.model.modeling import checkpoint_layers
 from longnet.training.checkpoint import (
     describe_damage,
     has_checkpoints,
@@ -290,7 +291,7 @@ class _Run:
 
     def _prepared(self, train: TrainConfig) -> nn.Module:
         if train.checkpoint_activations:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.model)
         # The compiled module is the same one with a faster call; evaluation, whose shapes vary, calls the plain one.
         return cast("nn.Module", torch.compile(self.model)) if train.compile else self.model
 
