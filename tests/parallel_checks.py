@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 import longnet
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
 from longnet.attention import sequence_parallel
+from longnet.model.modeling import checkpoint_layers
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
@@ -132,7 +133,7 @@ def model(rank, ranks):
         expected = [parameter.grad for parameter in net.parameters()]
         net.zero_grad()
         if is_checkpointed:
-            net.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(net)
         if padded:
             masks = {"attention_mask": mask[:, here]}
         with longnet.sequence_parallel(group):

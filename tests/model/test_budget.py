@@ -22,11 +22,12 @@ _MEASURE = """
 import json, sys, torch
 from longnet.measurement import peak_bytes
 from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model.modeling import checkpoint_layers
 
 def train(fields, tokens, options):
     model = LongNetForCausalLM(LongNetConfig.preset("tiny", **fields)).train()
     if options.get("checkpoint_activations"):
-        model.gradient_checkpointing_enable()
+        checkpoint_layers(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(2):
         ids = torch.randint(0, model.config.vocab_size, (2, tokens))

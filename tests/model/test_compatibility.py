@@ -26,6 +26,7 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.pytorch_utils import Conv1D
 
+from longnet.model.modeling import checkpoint_layers
 from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
@@ -124,7 +125,7 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
 def test_activation_checkpointing(family, use_reentrant):
     model = dilated(build(family), BRANCHES).train()
     other = copy.deepcopy(model)
-    other.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_layers(other, use_reentrant=use_reentrant)
     other.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: out.requires_grad_())
     calls = []
     for layer in other.modules():

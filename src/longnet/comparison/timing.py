@@ -19,6 +19,7 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.measurement import find_device, interleaved, provenance
 from longnet.model import LongNetForCausalLM
+from longnet.model.modeling import checkpoint_layers
 from longnet.training.loop import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 
@@ -53,7 +54,7 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
     model.to(device).train()
     optimizer = make_optimizer(model, recipe.optim)
     if recipe.train.checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
 
     def step(cell: Cell, input_ids: Tensor, targets: Tensor, sparse: tuple[int | None, ...], parts: int) -> None:
         model.set_attn_implementation(cell.attention)

@@ -31,6 +31,18 @@ from longnet.model.visibility import bounds_of_mask, visible_slice
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
 
 
+def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Keep only what enters each layer for the backward pass, in place; the rest is computed once more.
+
+    Args:
+        model: any model of transformers, which called this gradient_checkpointing_enable before 5.23, and warns since.
+        use_reentrant: which of torch.utils.checkpoint's two ways.
+    """
+    has_new_name = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -261,7 +273,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 )
         past_tokens = past_columns = 0
         if past_key_values is not None:
-            past_tokens, past_columns = past_key_values.get_seq_length(), past_key_values.get_query_offset()
+            past_tokens, past_columns = past_key_values.get_seq_length(), past_key_values.get_query_offset(0)
         rotations = None
         highest = None
         slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))

@@ -28,6 +28,7 @@ from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
 from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
+from longnet.model.modeling import checkpoint_layers
 from longnet.training.checkpoint import (
     Saving,
     describe_damage,
@@ -105,7 +106,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         if checkpoint is not None:
             restore_weights(checkpoint, model)
         if recipe.train.checkpoint_activations:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
         trained = ranks.share_out(model, compiled=recipe.train.compile)
         optimizer = make_optimizer(model, recipe.optim)
         state = State()
