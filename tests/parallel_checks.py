@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 import longnet
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
 from longnet.attention import sequence_parallel
+from longnet.bench import distributed
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
@@ -180,3 +181,20 @@ def other_models(rank, ranks):
                 found = net(ids[:1, here], position_ids=positions[:, here], **packed).last_hidden_state
             worst["packed"] = (found - expected).abs().max().item()
     return worst, messages
+
+
+def bench_gate(rank, ranks, settings):
+    """What `longnet bench distributed` says where keys of the other ranks are lost, and where rows go astray."""
+    messages, halo, traffic = [], sequence_parallel.make_halo, DilationPattern.traffic
+    for name, at, wrong in [
+        ("make_halo", sequence_parallel, lambda *a: torch.zeros_like(halo(*a))),
+        ("traffic", DilationPattern, lambda *a, **b: tuple(count + 8 for count in traffic(*a, **b))),
+    ]:
+        right = getattr(at, name)
+        setattr(at, name, wrong)
+        try:
+            distributed.measure(settings)
+        except distributed.GateError as error:
+            messages.append(str(error))
+        setattr(at, name, right)
+    return messages
