@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import longnet
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
 from longnet.attention import sequence_parallel
 from longnet.bench import distributed
+from longnet.measurement import peak_bytes
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
@@ -198,3 +201,70 @@ def bench_gate(rank, ranks, settings):
             messages.append(str(error))
         setattr(at, name, right)
     return messages
+
+
+def saved_bytes(rank, ranks, pattern, cases):
+    """What autograd keeps of a slice of 1023 tokens for the backward pass of two layers, in bytes, case by case."""
+    ids = torch.randint(0, 320, (2, 1023))
+    found = []
+    for fields, options in cases:
+        totals = []
+        for layers in (2, 4):
+            net = LongNetForCausalLM(
+                LongNetConfig.preset("tiny", num_hidden_layers=layers, **pattern, **fields)
+            ).train()
+            if options.get("checkpoint_activations"):
+                net.gradient_checkpointing_enable({"use_reentrant": False})
+            storages = {}
+
+            def keep(x, storages=storages):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with (
+                longnet.sequence_parallel(dist.group.WORLD) if ranks > 1 else contextlib.nullcontext(),
+                torch.autocast("cpu", torch.bfloat16, enabled=options.get("bfloat16", False)),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            ):
+                loss = net(ids, labels=ids).loss  # holds what was kept
+            weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+            # Weights as autocast has cast them are counted with the weights.
+            copies = 2 * sum(
+                x.weight.numel() for x in net.modules() if isinstance(x, torch.nn.Linear) and x.out_features != 320
+            )
+            totals.append(
+                sum(size for at, size in storages.items() if at not in weights)
+                - copies * options.get("bfloat16", False)
+            )
+            del loss
+        found.append(totals[1] - totals[0])
+    return found
+
+
+def held_bytes(rank, ranks, pattern, cases):
+    """By how much two steps of training with FSDP2, on slices of 1023 tokens, raise a rank's peak memory."""
+    mesh, cpu, found = init_device_mesh("cpu", (ranks,)), torch.device("cpu"), []
+
+    def train(fields, options, tokens):
+        net = LongNetForCausalLM(LongNetConfig.preset("tiny", **pattern, **fields)).train()
+        if options.get("checkpoint_activations"):
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in (*net.model.layers, net):
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        for _ in range(2):
+            ids = torch.randint(0, 320, (2, tokens))
+            with longnet.sequence_parallel(mesh):
+                with torch.autocast("cpu", torch.bfloat16, enabled=options.get("bfloat16", False)):
+                    loss = net(ids, labels=ids).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for fields, options in cases:
+        train({}, options, 128)  # libraries load their parts
+        before = peak_bytes(cpu, reset=True)
+        train(fields, options, 1023)
+        found.append(peak_bytes(cpu) - before)
+    return found

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from longnet.data.shards import TokenData
-from longnet.model.budget import count_parameters
+from longnet.model.budget import count_parameters, longest_sequence, training_memory
 from longnet.training.config import to_toml
 
 
@@ -43,6 +43,27 @@ def test_a_recipe_whose_data_are_not_there(call, recipe, tmp_path, capsys):
     assert dataclasses.is_dataclass(recipe)
 
 
+def test_memory_across_ranks(call, recipe, recipe_file, words, capsys):
+    config, options = recipe.model_config(TokenData.open(words)), {"sequences": 1, "dp": 2}
+    flags = ("--parallel.dp", "2", "--parallel.sp", "4", "--memory", "0.25", "--train.checkpoint_activations", "true")
+    assert call("info", recipe_file, *flags) == 0
+    printed = capsys.readouterr().out
+    needed = training_memory(config, tokens=64, sp=4, checkpoint_activations=True, **options)
+    assert f"each of 2 × 4 ranks in training {needed.total / 1e6:.3g} MB: weights" in printed
+    assert f"halo {needed.halo / 1e6:.3g} MB, loss {needed.loss / 1e6:.3g} MB" in printed
+    lengths = [
+        longest_sequence(config, memory=2**28, sp=sp, checkpoint_activations=True, **options) for sp in (1, 8, 64)
+    ]
+    assert 0 < lengths[0] < lengths[1] < lengths[2]
+    said = ", ".join(f"{length:,} with parallel.sp = {sp}" for sp, length in zip((1, 8, 64), lengths, strict=True))
+    assert f"sequence in 0.25 GiB a rank, in tokens: {said} (parallel.dp = 2)" in printed
+    # Dense attention lies on one rank.
+    assert call("info", recipe_file, "--model.attention", "sdpa", "--memory", "0.25") == 0
+    printed = capsys.readouterr().out
+    assert "memory      training " in printed
+    assert "with parallel.sp = 1 (" in printed
+
+
 def test_a_run(call, run_folder, capsys):
     assert call("info", run_folder) == 0
     printed = capsys.readouterr().out
@@ -62,7 +83,7 @@ def test_data(call, words, capsys):
     assert "a test" in printed
 
 
-def test_mistakes_are_one_line(call, words, tmp_path, capsys):
+def test_mistakes_are_one_line(call, words, recipe_file, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd.toml").write_text("[model]\nhiden_size = 3\n")
     cases = [
@@ -71,6 +92,12 @@ def test_mistakes_are_one_line(call, words, tmp_path, capsys):
         ((tmp_path / "odd.toml",), "did you mean hidden_size"),
         ((words, "-o", tmp_path / "x.png"), "a data folder has no attention to draw"),
         ((words, "--tokens", "0"), "--tokens must be at least 1"),
+        ((recipe_file, "--memory", "0"), "--memory must be a number of GiB above 0"),
+        ((words, "--memory", "80"), "--memory goes with a recipe"),
+        ((words, "--parallel.sp", "2"), "--parallel.sp goes with a recipe"),
+        ((recipe_file, "--parallel.pp", "2"), "--parallel.pp"),
+        ((recipe_file, "--parallel.dp", "3"), "must divide train.batch_sequences = 2"),
+        ((recipe_file, "--parallel.sp", "2", "--model.attention", "sdpa"), "needs model.attention = 'dilated'"),
     ]
     for arguments, message in cases:
         assert call("info", *arguments) == 2, arguments
