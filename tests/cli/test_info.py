@@ -1,10 +1,16 @@
 import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from longnet.cli.recipe import load_recipe
 from longnet.data.shards import TokenData
 from longnet.model.budget import count_parameters, longest_sequence, training_memory
-from longnet.training.config import to_toml
+from longnet.training.config import Recipe, to_toml
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -62,6 +68,21 @@ def test_memory_across_ranks(call, recipe, recipe_file, words, capsys):
     printed = capsys.readouterr().out
     assert "memory      training " in printed
     assert "with parallel.sp = 1 (" in printed
+
+
+def test_the_commands_of_the_documentation_are_recipes():
+    """What docs/distributed.md starts under torchrun: tables that go together, with as many ranks as processes."""
+    text = (ROOT / "docs/distributed.md").read_text().partition("## Launching")[2].partition("## How")[0]
+    commands = re.findall(
+        r"torchrun (.*?)-m longnet train (recipes/\S+) -o RUN --resume (.*?)$", text.replace("\\\n", ""), re.MULTILINE
+    )
+    assert len(commands) == 3
+    for launch, path, flags in commands:
+        nodes = re.search(r"--nnodes (\d+)", launch.replace('"$SLURM_JOB_NUM_NODES"', "8"))
+        each = re.search(r"--nproc-per-node (\d+)", launch)
+        recipe = load_recipe(ROOT / path, flags.split(), kind=Recipe)
+        recipe.resolve(SimpleNamespace(vocab_size=100_352, end_of_text=None))
+        assert recipe.parallel.size == int(nodes[1] if nodes else 1) * int(each[1])
 
 
 def test_a_run(call, run_folder, capsys):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
@@ -129,6 +131,19 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
         assert training_memory(config, tokens=tokens, sequences=2, **options).total <= 10**9
         assert training_memory(config, tokens=tokens + 1, sequences=2, **options).total > 10**9
     assert longest_sequence(config, memory=10**6, sequences=1) == 0
+
+
+@pytest.mark.parametrize(("preset", "column"), [("125m", 1), ("2.7b", 2)])
+def test_the_lengths_of_the_documentation_are_the_function_s(preset, column):
+    text = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    rows = re.findall(r"^\| (1|8|64) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 8, 64]
+    config = LongNetConfig.preset(preset)
+    for row in rows:
+        tokens = longest_sequence(
+            config, memory=80 * 2**30, sequences=1, bfloat16=True, checkpoint_activations=True, sp=int(row[0])
+        )
+        assert f"{tokens:,}" == row[column]
 
 
 def test_parameters_are_those_of_the_model():
