@@ -205,44 +205,42 @@ def bench_gate(rank, ranks, settings):
 
 def saved_bytes(rank, ranks, pattern, cases):
     """What autograd keeps of a slice of 1023 tokens for the backward pass of two layers, in bytes, case by case."""
-    ids = torch.randint(0, 320, (2, 1023))
     found = []
     for fields, options in cases:
-        totals = []
-        for layers in (2, 4):
-            net = LongNetForCausalLM(
-                LongNetConfig.preset("tiny", num_hidden_layers=layers, **pattern, **fields)
-            ).train()
-            if options.get("checkpoint_activations"):
-                net.gradient_checkpointing_enable({"use_reentrant": False})
-            storages = {}
-
-            def keep(x, storages=storages):
-                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-                return x
-
-            with (
-                longnet.sequence_parallel(dist.group.WORLD) if ranks > 1 else contextlib.nullcontext(),
-                torch.autocast("cpu", torch.bfloat16, enabled=options.get("bfloat16", False)),
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-            ):
-                loss = net(ids, labels=ids).loss  # holds what was kept
-            weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
-            # Weights as autocast has cast them are counted with the weights.
-            copies = 2 * sum(
-                x.weight.numel() for x in net.modules() if isinstance(x, torch.nn.Linear) and x.out_features != 320
-            )
-            totals.append(
-                sum(size for at, size in storages.items() if at not in weights)
-                - copies * options.get("bfloat16", False)
-            )
-            del loss
-        found.append(totals[1] - totals[0])
+        two, four = (
+            _saved(LongNetConfig.preset("tiny", num_hidden_layers=layers, **pattern, **fields), ranks, **options)
+            for layers in (2, 4)
+        )
+        found.append(four - two)
     return found
 
 
+def _saved(config, ranks, *, bfloat16=False, checkpoint_activations=False):
+    net, storages = LongNetForCausalLM(config).train(), {}
+    if checkpoint_activations:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(0, 320, (2, 1023))
+    with (
+        longnet.sequence_parallel(dist.group.WORLD) if ranks > 1 else contextlib.nullcontext(),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        loss = net(ids, labels=ids).loss
+    assert loss.requires_grad  # as long as it lives, so does what was kept, each at an address of its own
+    weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    linear = [module for module in net.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    # What autocast has cast of the weights is counted with the weights.
+    copies = 2 * sum(module.weight.numel() for module in linear) if bfloat16 else 0
+    return sum(size for at, size in storages.items() if at not in weights) - copies
+
+
 def held_bytes(rank, ranks, pattern, cases):
-    """By how much two steps of training with FSDP2, on slices of 1023 tokens, raise a rank's peak memory."""
+    """By how much two steps of training with FSDP2, on slices of 511 tokens, raise a rank's peak memory."""
     mesh, cpu, found = init_device_mesh("cpu", (ranks,)), torch.device("cpu"), []
 
     def train(fields, options, tokens):
@@ -265,6 +263,6 @@ def held_bytes(rank, ranks, pattern, cases):
     for fields, options in cases:
         train({}, options, 128)  # libraries load their parts
         before = peak_bytes(cpu, reset=True)
-        train(fields, options, 1023)
+        train(fields, options, 511)
         found.append(peak_bytes(cpu) - before)
     return found

@@ -51,7 +51,7 @@ def test_a_recipe_whose_data_are_not_there(call, recipe, tmp_path, capsys):
 
 def test_memory_across_ranks(call, recipe, recipe_file, words, capsys):
     config, options = recipe.model_config(TokenData.open(words)), {"sequences": 1, "dp": 2}
-    flags = ("--parallel.dp", "2", "--parallel.sp", "4", "--memory", "0.25", "--train.checkpoint_activations", "true")
+    flags = ("--parallel.dp", "2", "--parallel.sp", "4", "--memory", "0.25", "--train.checkpoint-activations")
     assert call("info", recipe_file, *flags) == 0
     printed = capsys.readouterr().out
     needed = training_memory(config, tokens=64, sp=4, checkpoint_activations=True, **options)

@@ -73,8 +73,7 @@ _KEPT = [
 _HELD = [
     ({"hidden_size": 128, "num_hidden_layers": 4}, {}),
     ({"hidden_size": 128, "num_hidden_layers": 4}, {"checkpoint_activations": True}),
-    ({"hidden_size": 128, "num_hidden_layers": 4}, {"bfloat16": True}),
-    ({"hidden_size": 384, "num_hidden_layers": 6}, {}),  # mostly weights
+    ({"hidden_size": 256, "num_hidden_layers": 4}, {}),  # a third of it weights
 ]
 
 
@@ -101,7 +100,7 @@ def test_a_rank_holds_what_was_estimated(tmp_path, monkeypatch):
     for held in run_ranks("parallel_checks:held_bytes", 2, tmp_path, _CUT, _HELD):
         for (fields, options), measured in zip(_HELD, held, strict=True):
             config = LongNetConfig.preset("tiny", **_CUT, **fields)
-            estimate = training_memory(config, tokens=2046, sequences=2, sp=2, **options)
+            estimate = training_memory(config, tokens=1022, sequences=2, sp=2, **options)
             assert estimate.total == pytest.approx(measured, rel=0.25), (fields, options)
 
 
