@@ -54,6 +54,7 @@ test-gpu: install
 bench: install
 	$(BIN)/longnet bench attention
 	$(BIN)/longnet bench decode
+	$(BIN)/longnet bench distributed
 
 demo: $(PACKAGE)
 	$(BIN)/longnet prepare "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \

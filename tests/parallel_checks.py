@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import longnet
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
 from longnet.attention import sequence_parallel
+from longnet.bench import distributed
+from longnet.measurement import peak_bytes
 from longnet.model.modeling import checkpoint_layers
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
@@ -181,3 +185,85 @@ def other_models(rank, ranks):
                 found = net(ids[:1, here], position_ids=positions[:, here], **packed).last_hidden_state
             worst["packed"] = (found - expected).abs().max().item()
     return worst, messages
+
+
+def bench_gate(rank, ranks, settings):
+    """What `longnet bench distributed` says where keys of the other ranks are lost, and where rows go astray."""
+    messages, halo, traffic = [], sequence_parallel.make_halo, DilationPattern.traffic
+    for name, at, wrong in [
+        ("make_halo", sequence_parallel, lambda *a: torch.zeros_like(halo(*a))),
+        ("traffic", DilationPattern, lambda *a, **b: tuple(count + 8 for count in traffic(*a, **b))),
+    ]:
+        right = getattr(at, name)
+        setattr(at, name, wrong)
+        try:
+            distributed.measure(settings)
+        except distributed.GateError as error:
+            messages.append(str(error))
+        setattr(at, name, right)
+    return messages
+
+
+def saved_bytes(rank, ranks, pattern, cases):
+    """What autograd keeps of a slice of 1023 tokens for the backward pass of two layers, in bytes, case by case."""
+    found = []
+    for fields, options in cases:
+        two, four = (
+            _saved(LongNetConfig.preset("tiny", num_hidden_layers=layers, **pattern, **fields), ranks, **options)
+            for layers in (2, 4)
+        )
+        found.append(four - two)
+    return found
+
+
+def _saved(config, ranks, *, bfloat16=False, checkpoint_activations=False):
+    net, storages = LongNetForCausalLM(config).train(), {}
+    if checkpoint_activations:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(0, 320, (2, 1023))
+    with (
+        longnet.sequence_parallel(dist.group.WORLD) if ranks > 1 else contextlib.nullcontext(),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        loss = net(ids, labels=ids).loss
+    assert loss.requires_grad  # as long as it lives, so does what was kept, each at an address of its own
+    weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    linear = [module for module in net.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    # What autocast has cast of the weights is counted with the weights.
+    copies = 2 * sum(module.weight.numel() for module in linear) if bfloat16 else 0
+    return sum(size for at, size in storages.items() if at not in weights) - copies
+
+
+def held_bytes(rank, ranks, pattern, cases):
+    """By how much two steps of training with FSDP2, on slices of 511 tokens, raise a rank's peak memory."""
+    mesh, cpu, found = init_device_mesh("cpu", (ranks,)), torch.device("cpu"), []
+
+    def train(fields, options, tokens):
+        net = LongNetForCausalLM(LongNetConfig.preset("tiny", **pattern, **fields)).train()
+        if options.get("checkpoint_activations"):
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in (*net.model.layers, net):
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        for _ in range(2):
+            ids = torch.randint(0, 320, (2, tokens))
+            with longnet.sequence_parallel(mesh):
+                with torch.autocast("cpu", torch.bfloat16, enabled=options.get("bfloat16", False)):
+                    loss = net(ids, labels=ids).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for fields, options in cases:
+        train({}, options, 128)  # libraries load their parts
+        before = peak_bytes(cpu, reset=True)
+        train(fields, options, 511)
+        found.append(peak_bytes(cpu) - before)
+    return found

@@ -1,10 +1,16 @@
 import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from longnet.cli.recipe import load_recipe
 from longnet.data.shards import TokenData
-from longnet.model.budget import count_parameters
-from longnet.training.config import to_toml
+from longnet.model.budget import count_parameters, longest_sequence, training_memory
+from longnet.training.config import Recipe, to_toml
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -43,6 +49,42 @@ def test_a_recipe_whose_data_are_not_there(call, recipe, tmp_path, capsys):
     assert dataclasses.is_dataclass(recipe)
 
 
+def test_memory_across_ranks(call, recipe, recipe_file, words, capsys):
+    config, options = recipe.model_config(TokenData.open(words)), {"sequences": 1, "dp": 2}
+    flags = ("--parallel.dp", "2", "--parallel.sp", "4", "--memory", "0.25", "--train.checkpoint-activations")
+    assert call("info", recipe_file, *flags) == 0
+    printed = capsys.readouterr().out
+    needed = training_memory(config, tokens=64, sp=4, checkpoint_activations=True, **options)
+    assert f"each of 2 × 4 ranks in training {needed.total / 1e6:.3g} MB: weights" in printed
+    assert f"halo {needed.halo / 1e6:.3g} MB, loss {needed.loss / 1e6:.3g} MB" in printed
+    lengths = [
+        longest_sequence(config, memory=2**28, sp=sp, checkpoint_activations=True, **options) for sp in (1, 8, 64)
+    ]
+    assert 0 < lengths[0] < lengths[1] < lengths[2]
+    said = ", ".join(f"{length:,} with parallel.sp = {sp}" for sp, length in zip((1, 8, 64), lengths, strict=True))
+    assert f"sequence in 0.25 GiB a rank, in tokens: {said} (parallel.dp = 2)" in printed
+    # Dense attention lies on one rank.
+    assert call("info", recipe_file, "--model.attention", "sdpa", "--memory", "0.25") == 0
+    printed = capsys.readouterr().out
+    assert "memory      training " in printed
+    assert "with parallel.sp = 1 (" in printed
+
+
+def test_the_commands_of_the_documentation_are_recipes():
+    """What docs/distributed.md starts under torchrun: tables that go together, with as many ranks as processes."""
+    text = (ROOT / "docs/distributed.md").read_text().partition("## Launching")[2].partition("## How")[0]
+    commands = re.findall(
+        r"torchrun (.*?)-m longnet train (recipes/\S+) -o RUN --resume (.*?)$", text.replace("\\\n", ""), re.MULTILINE
+    )
+    assert len(commands) == 3
+    for launch, path, flags in commands:
+        nodes = re.search(r"--nnodes (\d+)", launch.replace('"$SLURM_JOB_NUM_NODES"', "8"))
+        each = re.search(r"--nproc-per-node (\d+)", launch)
+        recipe = load_recipe(ROOT / path, flags.split(), kind=Recipe)
+        recipe.resolve(SimpleNamespace(vocab_size=100_352, end_of_text=None))
+        assert recipe.parallel.size == int(nodes[1] if nodes else 1) * int(each[1])
+
+
 def test_a_run(call, run_folder, capsys):
     assert call("info", run_folder) == 0
     printed = capsys.readouterr().out
@@ -62,7 +104,7 @@ def test_data(call, words, capsys):
     assert "a test" in printed
 
 
-def test_mistakes_are_one_line(call, words, tmp_path, capsys):
+def test_mistakes_are_one_line(call, words, recipe_file, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd.toml").write_text("[model]\nhiden_size = 3\n")
     cases = [
@@ -71,6 +113,12 @@ def test_mistakes_are_one_line(call, words, tmp_path, capsys):
         ((tmp_path / "odd.toml",), "did you mean hidden_size"),
         ((words, "-o", tmp_path / "x.png"), "a data folder has no attention to draw"),
         ((words, "--tokens", "0"), "--tokens must be at least 1"),
+        ((recipe_file, "--memory", "0"), "--memory must be a number of GiB above 0"),
+        ((words, "--memory", "80"), "--memory goes with a recipe"),
+        ((words, "--parallel.sp", "2"), "--parallel.sp goes with a recipe"),
+        ((recipe_file, "--parallel.pp", "2"), "--parallel.pp"),
+        ((recipe_file, "--parallel.dp", "3"), "must divide train.batch_sequences = 2"),
+        ((recipe_file, "--parallel.sp", "2", "--model.attention", "sdpa"), "needs model.attention = 'dilated'"),
     ]
     for arguments, message in cases:
         assert call("info", *arguments) == 2, arguments

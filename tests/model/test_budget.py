@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from longnet.model import LongNetConfig, LongNetForCausalLM
-from longnet.model.budget import cache_bytes, count_parameters, training_memory
+from longnet.model.budget import cache_bytes, count_parameters, longest_sequence, training_memory
+from ranks import run_ranks
 
 _WIDE = {"hidden_size": 128, "num_hidden_layers": 4}
 _CASES = [
@@ -38,7 +41,7 @@ def train(fields, tokens, options):
         optimizer.zero_grad()
 
 for case in json.loads(sys.argv[1]):
-    train({}, 256, {})  # libraries load their parts
+    train({}, 256, case[2])  # libraries load their parts
     before = peak_bytes(torch.device("cpu"), reset=True)
     train(*case)
     print(peak_bytes(torch.device("cpu")) - before)
@@ -58,6 +61,89 @@ def test_training_holds_what_was_estimated():
     for (fields, tokens, options), measured in zip(_CASES, run.stdout.split(), strict=True):
         estimate = training_memory(LongNetConfig.preset("tiny", **fields), tokens=tokens, sequences=2, **options)
         assert estimate.total == pytest.approx(int(measured), rel=0.25), (fields, options)
+
+
+# Slices of 1023 tokens cut every branch after nearly all of a segment: the halo is as large as it gets.
+_CUT = {"segment_lengths": (64, 256, 2048), "dilation_rates": (1, 4, 8), "position_embedding": "rope"}
+_KEPT = [
+    ({}, {}),
+    ({}, {"bfloat16": True}),
+    ({"num_key_value_heads": 2, "sub_layernorm": False}, {}),
+    ({}, {"checkpoint_activations": True}),
+]
+_HELD = [
+    ({"hidden_size": 128, "num_hidden_layers": 4}, {}),
+    ({"hidden_size": 128, "num_hidden_layers": 4}, {"checkpoint_activations": True}),
+    ({"hidden_size": 256, "num_hidden_layers": 4}, {}),  # a third of it weights
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_keep_for_backward_what_was_estimated(ranks, tmp_path):
+    """Bytes of the tensors that autograd saves in two layers: those of four less those of two."""
+    kept = run_ranks("parallel_checks:saved_bytes", ranks, tmp_path, _CUT, _KEPT)[-1]
+    for (fields, options), measured in zip(_KEPT, kept, strict=True):
+        two, four = (
+            training_memory(
+                LongNetConfig.preset("tiny", num_hidden_layers=layers, **_CUT, **fields),
+                tokens=1023 * ranks, sequences=2, sp=ranks, **options,
+            )
+            for layers in (2, 4)
+        )  # fmt: skip
+        estimate = four.activations - two.activations + four.halo - two.halo
+        assert (four.halo > two.halo) == (ranks > 1 and not options.get("checkpoint_activations"))
+        assert estimate == pytest.approx(measured, rel=0.02), (fields, options)
+
+
+def test_a_rank_holds_what_was_estimated(tmp_path, monkeypatch):
+    """Peak memory of two ranks with FSDP2 and half of each sequence."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    for held in run_ranks("parallel_checks:held_bytes", 2, tmp_path, _CUT, _HELD):
+        for (fields, options), measured in zip(_HELD, held, strict=True):
+            config = LongNetConfig.preset("tiny", **_CUT, **fields)
+            estimate = training_memory(config, tokens=1022, sequences=2, sp=2, **options)
+            assert estimate.total == pytest.approx(measured, rel=0.25), (fields, options)
+
+
+def test_shares_and_slices():
+    """What a rank holds by arithmetic: shares of dp × sp ranks, slices of sp, a halo that ceases to grow."""
+    config = LongNetConfig.preset("tiny", **_CUT)
+    total = 4 * count_parameters(config).total
+    one = training_memory(config, tokens=8192, sequences=1)
+    assert (one.weights, one.gradients, one.optimizer, one.gathered, one.halo) == (total, total, 2 * total, 0, 0)
+    four = training_memory(config, tokens=8192, sequences=1, dp=2, sp=2)
+    assert (four.weights, four.gradients, four.optimizer) == (total // 4, total // 4, total // 2)
+    assert four.activations == one.activations // 2
+    assert four.gathered == training_memory(config, tokens=8192, sequences=1, dp=4).gathered > 0
+    assert four.halo == training_memory(config, tokens=8 * 8192, sequences=1, sp=16).halo > 0
+    # A halo of 64 + 64 + 256 rows in 4 heads of 16 channels: in two layers keys and values, in one their gradients,
+    # and both as they travel, float32.
+    assert four.halo == (64 + 64 + 256) * (2 + 3) * 2 * 4 * 16 * 4
+    dense = LongNetConfig.preset("tiny", attn_implementation="sdpa", max_position_embeddings=2048)
+    with pytest.raises(ValueError, match='not "sdpa": set sp to 1'):
+        training_memory(dense, tokens=64, sequences=1, sp=2)
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not():
+    config = LongNetConfig.preset("tiny", **_CUT)
+    for options in ({}, {"sp": 8}, {"dp": 2, "sp": 3, "bfloat16": True, "checkpoint_activations": True}):
+        tokens = longest_sequence(config, memory=10**9, sequences=2, **options)
+        assert training_memory(config, tokens=tokens, sequences=2, **options).total <= 10**9
+        assert training_memory(config, tokens=tokens + 1, sequences=2, **options).total > 10**9
+    assert longest_sequence(config, memory=10**6, sequences=1) == 0
+
+
+@pytest.mark.parametrize(("preset", "column"), [("125m", 1), ("2.7b", 2)])
+def test_the_lengths_of_the_documentation_are_the_function_s(preset, column):
+    text = (Path(__file__).parents[2] / "docs/distributed.md").read_text()
+    rows = re.findall(r"^\| (1|8|64) \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 8, 64]
+    config = LongNetConfig.preset(preset)
+    for row in rows:
+        tokens = longest_sequence(
+            config, memory=80 * 2**30, sequences=1, bfloat16=True, checkpoint_activations=True, sp=int(row[0])
+        )
+        assert f"{tokens:,}" == row[column]
 
 
 def test_parameters_are_those_of_the_model():

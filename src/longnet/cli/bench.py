@@ -130,6 +130,65 @@ def bench_decode(
     console.print(f"rows in {output / 'decode.jsonl'}")
 
 
+@app.command(name="distributed")
+def bench_distributed(
+    *,
+    quick: bool = False,
+    ranks: int | None = None,
+    repeats: int | None = None,
+    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("benchmarks/results"),
+) -> None:
+    """Time a training step of one sequence across processes against that of one process; count bytes and memory.
+
+    Parameters
+    ----------
+    quick
+        Shorter slices: about a minute on two cores, where the whole takes some five.
+    ranks
+        Processes, of one thread each; as many cores must be free. 2 unless given.
+    repeats
+        Counted rounds of each case; figures are their medians.
+    output
+        Folder for distributed.jsonl; rows are appended.
+    """
+    import torch
+    from rich.console import Console
+
+    from longnet.bench import distributed, record
+    from longnet.bench.attention import GateError
+
+    settings = distributed.QUICK if quick else distributed.Settings()
+    for name, number in (("ranks", ranks), ("repeats", repeats)):
+        if number is not None:
+            at_least_one(**{name: number})
+            settings = dataclasses.replace(settings, **{name: number})
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    try:
+        rows = list(distributed.run(settings))
+    except GateError as error:
+        sys.exit(f"longnet: {error}")
+    (scaling,), (traffic,) = ([row for row in rows if row["case"] == case] for case in ("scaling", "traffic"))
+    console.print(
+        f"{settings.tokens_per_rank:,} tokens a rank, {scaling['pattern']}: one process {scaling['alone_s']:.2f} s, "
+        f"{settings.ranks} each for itself {scaling['side_by_side_s']:.2f} s, {settings.ranks} with one sequence "
+        f"{scaling['together_s']:.2f} s"
+    )
+    console.print(
+        f"weak scaling 1 → {settings.ranks}: {scaling['efficiency']:.1%}; against processes side by side "
+        f"{scaling['efficiency_side_by_side']:.1%}; the busiest rank computes {scaling['flops_over_alone']:.3f} × the "
+        "FLOPs of one process"
+    )
+    received, back = (", ".join(map(_size, traffic[f"{way}_bytes"])) for way in ("forward", "backward"))
+    console.print(f"received by each rank, as the closed form says: forward {received}; backward {back}")
+    for row in rows:
+        if row["case"] == "memory":
+            peaks, steps = (", ".join(map(_size, row[name])) for name in ("peak_bytes", "step_bytes"))
+            console.print(f"peak memory of each of {row['ranks']}: {peaks}, of which the step {steps}")
+    record.append(rows, output / "distributed.jsonl", torch.device("cpu"))
+    console.print(f"rows in {output / 'distributed.jsonl'}")
+
+
 def _size(number: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 def info(
     path: Path,
-    *,
+    *settings: Annotated[str, cyclopts.Parameter(allow_leading_hyphen=True)],
     tokens: Annotated[int | None, cyclopts.Parameter(("--tokens", "-n"))] = None,
+    memory: float | None = None,
     output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Print parameters, FLOPs and memory of a recipe or a model; counts and origin of a data folder.
@@ -28,15 +30,24 @@ def info(
     ----------
     path
         A recipe (TOML), a run or Hugging Face model folder, or a folder that `longnet prepare` wrote.
+    settings
+        Flags with the last word over a recipe, as `longnet train` takes them: --parallel.sp 8.
     tokens
         Length of a sequence; that of training when left out.
+    memory
+        GiB of a rank: prints the longest sequence with which training the recipe stays within them.
     output
         Where to draw the attention; its suffix is the format (.png, .svg, .pdf).
     """
     if tokens is not None:
         at_least_one(tokens=tokens)
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory must be a number of GiB above 0, got {memory}")
     if path.suffix == ".toml":
-        lines, config, tokens = _of_recipe(path, tokens)
+        lines, config, tokens = _of_recipe(path, settings, tokens, memory)
+    elif settings or memory is not None:
+        given = "--memory" if memory is not None else settings[0]
+        raise ValueError(f"{given} goes with a recipe, and {path} is none: give a TOML file")
     elif (path / "index.json").is_file():
         lines, config, tokens = _of_data(path), None, 0
     else:
@@ -49,30 +60,58 @@ def info(
         print(f"{'drawn':{width}}  {output}")
 
 
-def _of_recipe(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:
+def _of_recipe(
+    path: Path, settings: tuple[str, ...], tokens: int | None, memory: float | None
+) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:
     from longnet.cli.recipe import load_recipe
-    from longnet.model.budget import training_memory
     from longnet.training.config import Recipe
 
-    recipe = load_recipe(path, kind=Recipe)
+    recipe = load_recipe(path, settings, kind=Recipe)
     config, vocabulary = _config(recipe)
     train = recipe.train
     length = tokens or train.tokens
-    memory = training_memory(
-        config, tokens=length, sequences=max(1, train.batch_sequences // train.accumulate),
-        bfloat16=train.dtype == "bfloat16", checkpoint_activations=train.checkpoint_activations,
-    )  # fmt: skip
     step = train.batch_sequences * train.tokens
     lines = [
         ("recipe", f"{path}, data {recipe.data.path}{vocabulary}"),
         ("training", f"{train.steps:,} steps of {train.batch_sequences:,} × {train.tokens:,} = {step:,} tokens, "
          f"{train.steps * step:,} in all"),
         *_of_config(config, length, training=True),
-        ("memory", f"training {_gigabytes(memory.total)}: weights {_gigabytes(memory.weights)}, gradients "
-         f"{_gigabytes(memory.gradients)}, Adam {_gigabytes(memory.optimizer)}, activations "
-         f"{_gigabytes(memory.activations)} (estimate; PyTorch itself on top)"),
+        *_memory_of_training(recipe, config, length, memory),
     ]  # fmt: skip
     return lines, config, length
+
+
+def _memory_of_training(
+    recipe: Recipe, config: LongNetConfig, tokens: int, memory: float | None
+) -> list[tuple[str, str]]:
+    from longnet.model.budget import longest_sequence, training_memory
+
+    train, dp, sp = recipe.train, recipe.parallel.dp, recipe.parallel.sp
+    sequences = train.batch_sequences // (train.accumulate * dp)
+    bfloat16, checkpointed = train.dtype == "bfloat16", train.checkpoint_activations
+    needed = training_memory(
+        config, tokens=tokens, sequences=sequences, bfloat16=bfloat16, checkpoint_activations=checkpointed, dp=dp, sp=sp
+    )
+    parts = {
+        "weights": needed.weights, "gradients": needed.gradients, "Adam": needed.optimizer,
+        "gathered weights": needed.gathered, "activations": needed.activations, "halo": needed.halo,
+        "loss": needed.loss,
+    }  # fmt: skip
+    listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
+    ranks = "training" if dp * sp == 1 else f"each of {dp} × {sp} ranks in training"
+    lines = [("memory", f"{ranks} {_gigabytes(needed.total)}: {listed} (estimate; PyTorch itself on top)")]
+    if memory is None:
+        return lines
+    lengths = {
+        count: longest_sequence(
+            config, memory=int(memory * 2**30), sequences=sequences, bfloat16=bfloat16,
+            checkpoint_activations=checkpointed, dp=dp, sp=count,
+        )
+        for count in ((1, 8, 64) if recipe.model.attention == "dilated" else (1,))
+    }  # fmt: skip
+    longest = ", ".join(f"{length:,} with parallel.sp = {count}" for count, length in lengths.items())
+    lines.append(("longest", f"sequence in {memory:g} GiB a rank, in tokens: {longest} (parallel.dp = {dp})"))
+    return lines
 
 
 def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
@@ -86,12 +125,14 @@ def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
     data: Any
     try:
         data = TokenData.open(recipe.data.path)
-        return recipe.model_config(data), f", vocabulary {data.vocab_size:,}"
+        remark = f", vocabulary {data.vocab_size:,}"
     except FileNotFoundError:
         given: Any = recipe.model
         default = LongNetConfig() if given.preset is None else LongNetConfig.preset(given.preset)
         data = SimpleNamespace(vocab_size=given.vocab_size or default.vocab_size, end_of_text=None)
-        return recipe.model_config(data), f" (not prepared yet: a vocabulary of {data.vocab_size:,} is assumed)"
+        remark = f" (not prepared yet: a vocabulary of {data.vocab_size:,} is assumed)"
+    recipe.resolve(data)  # refuses tables that do not go together
+    return recipe.model_config(data), remark
 
 
 def _of_model(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:

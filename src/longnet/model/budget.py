@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,25 @@ class Parameters(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes that training holds at its peak, estimated."""
+    """Bytes that a rank holds in training at its peak, estimated.
+
+    Attributes:
+        weights: its share, and copies of those that tokens are multiplied with, where they are computed in bfloat16.
+        gradients: its share.
+        optimizer: its share of Adam's two moments.
+        gathered: weights of which other ranks have a share, while they are needed, and their gradients.
+        activations: what layers keep of the tokens of its slice.
+        halo: rows of other slices, keys and values.
+        loss: the logits of a chunk, the gradients of the head and of the last hidden states.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    gathered: int
     activations: int
+    halo: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -67,25 +81,108 @@ def step_flops(config: LongNetConfig, *, tokens: int, sequences: int) -> int:
 
 
 def training_memory(
-    config: LongNetConfig, *, tokens: int, sequences: int, bfloat16: bool = False, checkpoint_activations: bool = False
+    config: LongNetConfig,
+    *,
+    tokens: int,
+    sequences: int,
+    bfloat16: bool = False,
+    checkpoint_activations: bool = False,
+    dp: int = 1,
+    sp: int = 1,
 ) -> Memory:
-    """Estimate what training holds: float32 weights, gradients and Adam's two moments, and activations.
+    """Estimate what a rank holds in training: float32 weights, gradients and Adam's two moments, and activations.
+
+    Across ranks each has a share of weights, gradients and moments (FSDP2) and a slice of every sequence. It gathers
+    the embeddings, which are the head where they are tied, for the whole step; of the layers two at a time, one of them
+    in advance, with the gradients of one on their way to their ranks.
 
     A layer keeps, of each token, ten rows of the hidden width (inputs and outputs of two LayerNorms, q, k, v, the
-    attention's output, laid out by heads and by tokens, and after its LayerNorm) and three of the feed-forward width.
-    The loss adds the logits of a chunk of tokens and the gradients of the last hidden states and of the head. On the
-    CPU glibc may hold a third more than it was asked for; MALLOC_MMAP_THRESHOLD_=65536 in the environment avoids that.
+    attention's output, laid out by heads and by tokens, and after its LayerNorm) and three of the feed-forward width;
+    of the slices before its own the halo, never more rows than a streaming state has (`DilationPattern.state_rows`):
+    a number that ceases to grow with the length. The layer at work has its halo's gradient, and both once more as they
+    travel. The loss adds the logits of a chunk of tokens and the gradients of the last hidden states and of the head.
+    On the CPU glibc may hold a third more than it was asked for; MALLOC_MMAP_THRESHOLD_=65536 in the environment
+    avoids that.
 
     Args:
         config: of the model.
         tokens: of a sequence.
-        sequences: of one forward pass: those of a step, divided by `accumulate`.
+        sequences: of one forward pass of a rank: those of a step, divided by `accumulate` and by `dp`.
         bfloat16: autocast, which keeps matrix products' inputs in 2 bytes.
         checkpoint_activations: layers keep their input alone, but for the one that is recomputed.
+        dp: ranks that divide a step's sequences among them.
+        sp: ranks that divide each sequence among them.
+
+    Raises:
+        ValueError: slices of another attention than dilated.
+    """
+    return _memory(
+        config, count_parameters(config), tokens=tokens, sequences=sequences, bfloat16=bfloat16,
+        checkpoint_activations=checkpoint_activations, dp=dp, sp=sp,
+    )  # fmt: skip
+
+
+def longest_sequence(
+    config: LongNetConfig,
+    *,
+    memory: int,
+    sequences: int,
+    bfloat16: bool = False,
+    checkpoint_activations: bool = False,
+    dp: int = 1,
+    sp: int = 1,
+) -> int:
+    """Return the most tokens of a sequence with which a rank's `training_memory` stays within `memory` bytes, or 0.
+
+    Args:
+        config: of the model.
+        memory: bytes of a rank.
+        sequences: as `training_memory`'s, and so the others.
+        bfloat16: autocast.
+        checkpoint_activations: layers keep their input alone.
+        dp: ranks that divide a step's sequences among them.
+        sp: ranks that divide each sequence among them.
+
+    Raises:
+        ValueError: slices of another attention than dilated.
     """
     parameters = count_parameters(config)
-    total = 4 * parameters.total
-    count = tokens * sequences
+
+    def needed(tokens: int) -> int:
+        return _memory(
+            config, parameters, tokens=tokens, sequences=sequences, bfloat16=bfloat16,
+            checkpoint_activations=checkpoint_activations, dp=dp, sp=sp,
+        ).total  # fmt: skip
+
+    beyond = 1
+    while needed(beyond) <= memory:
+        beyond *= 2
+    return bisect.bisect_right(range(1, beyond), memory, key=needed)
+
+
+def _memory(
+    config: LongNetConfig,
+    parameters: Parameters,
+    *,
+    tokens: int,
+    sequences: int,
+    bfloat16: bool,
+    checkpoint_activations: bool,
+    dp: int,
+    sp: int,
+) -> Memory:
+    if sp > 1 and config._attn_implementation != "dilated":
+        raise ValueError(
+            f'across ranks only "dilated" attention can be computed, not "{config._attn_implementation}": set sp to 1'
+        )
+    ranks, layers = dp * sp, config.num_hidden_layers
+    share = -(-4 * parameters.total // ranks)
+    copies = 2 * parameters.multiplied if bfloat16 else 0
+    layer = (parameters.total - parameters.embedding) // layers
+    gathered = 4 * (parameters.embedding + 3 * layer) if ranks > 1 else 0
+
+    size = -(-tokens // sp)
+    count = size * sequences
     hidden, wide = config.hidden_size, _int(config.intermediate_size)
     heads = config.num_attention_heads
     q, kv = heads * _int(config.head_dim), _int(config.num_key_value_heads) * _int(config.head_dim)
@@ -95,12 +192,23 @@ def training_memory(
         row += small * (q + wide)
     if bfloat16:  # LayerNorms keep their input in both types
         row += small * 2 * hidden
-    layers = config.num_hidden_layers
     kept = (4 * hidden * layers + row) if checkpoint_activations else row * layers
+
+    halo_rows = config.pattern.state_rows(tokens=min(tokens, (sp - 1) * size)) * sequences
+    halo_row = 2 * kv * small
+    at_work = 2 * kv * (4 + 2 * small)  # the gradient, which is float32, and what comes and goes
+    halo = halo_rows * ((1 if checkpoint_activations else layers) * halo_row + at_work)
+
     logits = min(count, max(1, 2**24 // config.vocab_size)) * config.vocab_size
-    head = 4 * (logits + config.vocab_size * hidden + 3 * count * hidden)
-    copies = 2 * parameters.multiplied if bfloat16 else 0
-    return Memory(weights=total + copies, gradients=total, optimizer=2 * total, activations=count * kept + head)
+    return Memory(
+        weights=share + copies,
+        gradients=share,
+        optimizer=2 * share,
+        gathered=gathered,
+        activations=count * kept,
+        halo=halo,
+        loss=4 * (logits + config.vocab_size * hidden + 3 * count * hidden),
+    )
 
 
 def cache_bytes(config: LongNetConfig, *, tokens: int, bytes_per_value: int = 4) -> dict[str, int]:
