@@ -219,7 +219,7 @@ def saved_bytes(rank, ranks, pattern, cases):
 def _saved(config, ranks, *, bfloat16=False, checkpoint_activations=False):
     net, storages = LongNetForCausalLM(config).train(), {}
     if checkpoint_activations:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(net)
 
     def keep(x):
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -247,7 +247,7 @@ def held_bytes(rank, ranks, pattern, cases):
     def train(fields, options, tokens):
         net = LongNetForCausalLM(LongNetConfig.preset("tiny", **pattern, **fields)).train()
         if options.get("checkpoint_activations"):
-            net.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(net)
         for module in (*net.model.layers, net):
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
