@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -329,3 +332,41 @@ def test_a_window_that_hides_nothing():
         got = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=where, past_key_values=cache).logits
     expected = plain(ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, 21:]
     torch.testing.assert_close(got, expected, atol=SAME, rtol=SAME)
+
+
+_PREFILL = """
+import torch
+from longnet import DilatedCache, DilationPattern, LongNetConfig, LongNetModel
+from longnet.measurement import peak_bytes
+
+CPU = torch.device("cpu")
+pattern = DilationPattern.geometric(64, 2**30)
+model = LongNetModel(LongNetConfig.preset(
+    "tiny", hidden_size=128, num_hidden_layers=2, num_attention_heads=4, position_embedding="rope",
+    segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
+)).eval()
+
+@torch.inference_mode()
+def growth(chunk, tokens):
+    cache, ids = DilatedCache(model.config), torch.zeros(1, chunk, dtype=torch.int64)
+    before = peak_bytes(CPU, reset=True)
+    for _ in range(tokens // chunk):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == tokens
+    return peak_bytes(CPU) - before
+
+growth(1024, 4096)  # libraries load their parts
+print(growth(2048, 2**13), growth(2048, 2**17), growth(16384, 2**17))
+"""
+
+
+def test_prefill_holds_a_chunk_and_the_state_whatever_the_length():
+    # Freed memory goes back to the system at once, so that the peak is what was held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", _PREFILL]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    short, long, wide = map(int, done.stdout.split()[-3:])
+    dense = 2 * 2 * 2**17 * 128 * 4  # keys and values of all tokens, which another cache would hold
+    assert long < 1.1 * short
+    assert long < dense / 10
+    assert wide > 4 * long  # so it is the chunk that is measured

@@ -5,7 +5,7 @@ from longnet.data.tokenizer import load_tokenizer, token_bytes
 from longnet.data.writer import DataWriter
 from longnet.evaluation.perplexity import EvaluateConfig
 from longnet.training.checkpoint import CheckpointConfig
-from longnet.training.config import DataConfig, ModelConfig, Recipe, SampleConfig, TrainConfig
+from longnet.training.config import DataConfig, ModelConfig, ParallelConfig, Recipe, SampleConfig, TrainConfig
 from longnet.training.optim import OptimConfig
 
 # So small that a step takes milliseconds; the dropout makes the random state matter.
@@ -19,6 +19,7 @@ TABLES = {
     "evaluate": {"contexts": (8, 32), "tokens": 64},
     "sample": {},
     "checkpoint": {"every": 4},
+    "parallel": {},
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def make_recipe(data):
     def make(path=data, **replaced):
         kinds = {
             "model": ModelConfig, "optim": OptimConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
-            "sample": SampleConfig, "checkpoint": CheckpointConfig,
+            "sample": SampleConfig, "checkpoint": CheckpointConfig, "parallel": ParallelConfig,
         }  # fmt: skip
         tables = {name: kind(**{**TABLES[name], **replaced.get(name, {})}) for name, kind in kinds.items()}
         return Recipe(data=DataConfig(path=path), **tables)

@@ -51,6 +51,7 @@ def test_differences_are_those_that_change_what_is_learned(make_recipe, data):
     free = {
         "train": {"log_every": 7, "device": "auto", "tensorboard": True, "max_skipped": 2},
         "evaluate": {"every": 3, "contexts": (16,)}, "sample": {"every": 1}, "checkpoint": {"every": 9, "keep": 9},
+        "parallel": {"dp": 2, "sp": 2, "timeout_seconds": 9},
     }  # fmt: skip
     assert differences(tables(), tables(**free)) == []
     assert differences(tables(), tables(optim={"lr": 1.0}, model={"sparse_block": 4})) == [

@@ -91,9 +91,9 @@ def test_the_order_of_tokens_does_not_depend_on_the_parts(make_recipe, tmp_path,
     seen = {1: [], 4: []}
     real = loop.accumulate_gradients
 
-    def note(model, input_ids, targets, *, parts, autocast):
+    def note(model, input_ids, targets, *, parts, **keywords):
         seen[parts].append((input_ids, targets))
-        return real(model, input_ids, targets, parts=parts, autocast=autocast)
+        return real(model, input_ids, targets, parts=parts, **keywords)
 
     monkeypatch.setattr(loop, "accumulate_gradients", note)
     for parts in seen:
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make_recipe, tmp_path, monkey
     weights = [at(tmp_path / "RUN", step) for step in range(1, 7)]
     assert weights[3] == weights[2]
     assert len({str(sorted(each.items())) for each in weights}) == 5
-    assert not any("optimizer" in key for key in weights[0])  # the first step began no moments
+    assert not any("moment" in key for key in weights[0])  # the first step began no moments
     skipped = [line for line in lines(tmp_path / "RUN") if line["kind"] == "skipped"]
     assert [(line["step"], line["skipped"]) for line in skipped] == [(1, 1), (4, 2)]
     assert [line["skipped"] for line in lines(tmp_path / "RUN") if line["kind"] == "train"] == [1, 2]
@@ -186,12 +186,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continues(whole, tmp_p
     recipe, expected = whole
     cut_short(recipe, tmp_path / "RUN", monkeypatch, step=9)
     newest = tmp_path / "RUN" / "checkpoints" / "step-00000009"
-    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    [moments] = (newest / "optimizer").iterdir()
+    content = bytearray(moments.read_bytes())
     content[-5] ^= 1
-    (newest / "optimizer.safetensors").write_bytes(content)
+    moments.write_bytes(content)
     train(recipe, tmp_path / "RUN", resume=True, progress=False)
     warned = " ".join(capsys.readouterr().err.split())
-    assert "damaged: step-00000009: optimizer.safetensors is damaged" in warned
+    assert f"damaged: step-00000009: optimizer/{moments.name} is damaged" in warned
     assert "step-00000008 is used instead" in warned
     assert lines(tmp_path / "RUN") == lines(expected)
     assert at(tmp_path / "RUN", 12) == at(expected, 12)
@@ -211,7 +212,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(whole, tmp_path, monkeypatch):
     real = checkpoint_module._sync
 
     def full(path):
-        if "step-00000008" in str(path) and path.name == "optimizer.safetensors":
+        if "step-00000008" in str(path) and path.parent.name == "optimizer":
             raise OSError(28, "No space left on device")
         real(path)
 
@@ -225,6 +226,29 @@ def test_a_full_disk_costs_the_checkpoint_alone(whole, tmp_path, monkeypatch):
     train(recipe, tmp_path / "RUN", resume=True, progress=False)
     assert lines(tmp_path / "RUN") == lines(expected)
     assert at(tmp_path / "RUN", 12) == at(expected, 12)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(train={"steps": 6}, checkpoint={"every": 3, "keep": 0})
+    train(recipe, tmp_path / "at once", progress=False)
+    later, waited = threading.Event(), []
+    real_write, real_batch = loop.write_snapshot, Windows.batch
+
+    def write(*arguments, **keywords):
+        waited.append(later.wait(60))
+        real_write(*arguments, **keywords)
+
+    def batch(windows, step, *arguments, **keywords):
+        if step == 5:  # two steps after the first checkpoint was begun
+            later.set()
+        return real_batch(windows, step, *arguments, **keywords)
+
+    monkeypatch.setattr(loop, "write_snapshot", write)
+    monkeypatch.setattr(Windows, "batch", batch)
+    train(recipe, tmp_path / "later", progress=False)
+    assert waited == [True, True]
+    for step in (3, 6):
+        assert at(tmp_path / "later", step) == at(tmp_path / "at once", step)
 
 
 def test_a_finished_run_stays_as_it_is(whole):
@@ -255,6 +279,13 @@ def test_another_recipe_cannot_resume(whole, make_recipe, replaced, named):
     with pytest.raises(ValueError, match=f"cannot be resumed with another recipe: {named}"):
         train(make_recipe(**replaced), run, resume=True, progress=False)
     assert lines(run) == before
+
+
+def test_another_format_cannot_resume(whole, monkeypatch):
+    recipe, run = whole
+    monkeypatch.setattr(loop, "FORMAT", 1)
+    with pytest.raises(ValueError, match=r"step-00000012 has format 2, and this version of longnet continues format 1"):
+        train(recipe, run, resume=True, progress=False)
 
 
 def test_other_data_cannot_resume_but_may_lie_elsewhere(whole, make_recipe, tmp_path):

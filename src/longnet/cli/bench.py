@@ -31,7 +31,7 @@ def bench_attention(
     device
         "cpu", "cuda", or "auto" for CUDA where there is one.
     repeats
-        Counted rounds of each case; figures are their medians.
+        Counted rounds at the longest length, up to ten times as many at shorter ones; figures are their medians.
     output
         Folder for attention.jsonl (rows are appended) and runtime.png.
     """

@@ -47,7 +47,11 @@ def train(
         sys.exit(130)
     loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
     figures = f"step {summary.step:,}, {summary.tokens:,} tokens, {summary.seconds:,.0f} s, loss {loss}"
+    if summary.stopped_by is None:
+        told = f"finished: {figures}; the model is {summary.model_folder}"
+    else:
+        told = f"stopped by {summary.stopped_by.name} after {figures}; continue with --resume"
+    if summary.rank == 0:
+        print(told)
     if summary.stopped_by is not None:
-        print(f"stopped by {summary.stopped_by.name} after {figures}; continue with --resume")
         sys.exit(128 + summary.stopped_by)
-    print(f"finished: {figures}; the model is {summary.model_folder}")

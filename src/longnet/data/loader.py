@@ -35,31 +35,37 @@ class Windows:
         """Windows of one epoch."""
         return self.split.tokens // self.tokens
 
-    def batch(self, step: int, sequences: int, *, rank: int = 0, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, step: int, sequences: int, *, rank: int = 0, ranks: int = 1, start: int = 0, stop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this rank's share of the batch of one step: inputs and targets, (sequences / ranks, tokens) int64.
 
         The batch is windows step · sequences to (step + 1) · sequences of the endless order, whatever the number of
-        ranks; rank r has the r-th run of them. `targets[:, t]` follows `input_ids[:, t]`.
+        ranks; rank r has the r-th run of them. `targets[:, t]` follows `input_ids[:, t]`. Where a slice of each window
+        is asked for, its tokens start … stop − 1, the rest is not read.
 
         Raises ValueError where ranks does not divide sequences, or a number is out of range.
         """
+        stop = self.tokens if stop is None else stop
         if step < 0 or sequences < 1 or not 0 <= rank < ranks:
             raise ValueError(f"no batch at step={step}, sequences={sequences}, rank={rank} of {ranks}")
+        if not 0 <= start < stop <= self.tokens:
+            raise ValueError(f"windows of {self.tokens} tokens have no slice {start} … {stop - 1}")
         if sequences % ranks:
             raise ValueError(f"{sequences} sequences cannot be shared evenly by {ranks} ranks: use a multiple")
         share = sequences // ranks
         first = step * sequences + rank * share
-        rows = np.empty((share, self.tokens + 1), dtype=np.int64)
+        rows = np.empty((share, stop - start + 1), dtype=np.int64)
         for row, index in enumerate(range(first, first + share)):
-            self._read(index, rows[row])
+            self._read(index, start, rows[row])
         both = torch.from_numpy(rows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _read(self, index: int, row: npt.NDArray[np.int64]) -> None:
+    def _read(self, index: int, offset: int, row: npt.NDArray[np.int64]) -> None:
         epoch, place = divmod(index, len(self))
         shift, order = self._epoch(epoch)
-        start = (shift + int(order[place]) * self.tokens) % self.split.tokens
-        stop = min(start + self.tokens + 1, self.split.tokens)
+        start = (shift + int(order[place]) * self.tokens + offset) % self.split.tokens
+        stop = min(start + len(row), self.split.tokens)
         row[: stop - start] = self.split.read(start, stop)
         row[stop - start :] = self.split.read(0, len(row) - (stop - start))
 

@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -79,14 +81,22 @@ def lock_run(run: Path) -> Iterator[None]:
         yield
 
 
-def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+def save_checkpoint(
+    run: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int,
+    on_first: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+) -> Path:
     """Write the checkpoint of a step; then delete what it supersedes. Return its folder.
 
     Args:
         run: the run's folder.
         step: steps finished.
-        write: puts the files into an empty folder.
+        write: puts the files into an empty folder; across ranks it raises on all of them or on none.
         keep: checkpoints up to this one that stay, 0 for all.
+        on_first: runs a function on the first of the ranks that all call this, and gives each its result or error.
 
     Raises:
         OSError: it cannot be written, a full disk for example. What was written is removed, the others are untouched.
@@ -95,25 +105,48 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, keep
     final = folder / f"step-{step:08d}"
     partial = folder / (final.name + _PARTIAL)
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
+        on_first(lambda: _begin(partial))
         write(partial)
-        _seal(partial)
-        if final.exists():  # damaged, or it would have been resumed from
-            doomed = final.with_name(final.name + _DOOMED)
-            _remove(doomed)
-            final.rename(doomed)
-        partial.rename(final)
-        _sync(folder)
-        _sync(run)
+        on_first(lambda: _finish(partial, final))
     except (OSError, SafetensorError) as error:
-        _remove(partial)
-        previous = newest_whole(run).whole
-        rest = f"the previous one, {previous}, is whole" if previous else "there is no earlier one"
+        rest = on_first(lambda: _give_up(partial, run))
         reason = "the disk is full" if _is_disk_full(error) else str(error)
         raise OSError(f"cannot write the checkpoint of step {step} into {folder}: {reason}; {rest}") from error
-    _delete_superseded(folder, step, keep)
+    on_first(lambda: _delete_superseded(folder, step, keep))
     return final
+
+
+class Saving:
+    """Writes checkpoints in a thread, one at a time, while training goes on.
+
+    The thread does not keep the process alive: what it has not finished is no checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._future: Future[Path] | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` will raise."""
+        return self._future is not None and self._future.done() and self._future.exception() is not None
+
+    def start(self, save: Callable[[], Path]) -> None:
+        """Begin to write a checkpoint, once the one before is written; raise what that raised."""
+        self.wait()
+        future: Future[Path] = Future()
+        self._future = future
+
+        def run() -> None:
+            try:
+                future.set_result(save())
+            except Exception as error:  # noqa: BLE001  # `wait` raises it
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="saving", daemon=True).start()
+
+    def wait(self) -> Path | None:
+        """Return the checkpoint begun last, once it is written, None where there is none; raise what was raised."""
+        return self._future.result() if self._future is not None else None
 
 
 def newest_whole(run: Path) -> Found:
@@ -190,6 +223,28 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _begin(partial: Path) -> None:
+    _remove(partial)
+    partial.mkdir(parents=True)
+
+
+def _finish(partial: Path, final: Path) -> None:
+    _seal(partial)
+    if final.exists():  # damaged, or it would have been resumed from
+        doomed = final.with_name(final.name + _DOOMED)
+        _remove(doomed)
+        final.rename(doomed)
+    partial.rename(final)
+    _sync(final.parent)
+    _sync(final.parent.parent)
+
+
+def _give_up(partial: Path, run: Path) -> str:
+    _remove(partial)
+    previous = newest_whole(run).whole
+    return f"the previous one, {previous}, is whole" if previous else "there is no earlier one"
 
 
 def _seal(folder: Path) -> None:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 Attention = Literal["dilated", "sdpa", "sparse_fixed"]
 Tables = dict[str, dict[str, Any]]
 
-# What may differ between a run and its resumption: where things lie and what is told, nothing that is learned.
+# What may differ between a run and its resumption: where things lie, who computes them and what is told, nothing that
+# is learned.
 _FREE = {"data.path", "train.device", "train.log_every", "train.tensorboard", "train.max_skipped"}
-_FREE_TABLES = {"evaluate", "sample", "checkpoint"}
+_FREE_TABLES = {"parallel", "evaluate", "sample", "checkpoint"}
 
 
 @dataclass(kw_only=True)
@@ -88,6 +89,32 @@ class TrainConfig:
             raise ValueError(
                 f"train.accumulate must divide train.batch_sequences = {self.batch_sequences}, got {self.accumulate}"
             )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """The recipe's table `[parallel]`: dp × sp processes, which torchrun starts (docs/distributed.md)."""
+
+    dp: int = 1
+    """Ranks that divide the sequences of a step among them."""
+
+    sp: int = 1
+    """Ranks that divide each sequence among them, a slice of its tokens on each; only with dilated attention."""
+
+    timeout_seconds: int = 600
+    """How long a rank may take for one thing: a step, compiling, an evaluation, reading a checkpoint, waiting until one
+    is written. After that the others stop, and name it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("dp", "sp", "timeout_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.dp * self.sp
 
 
 @dataclass(kw_only=True)
@@ -160,6 +187,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -188,7 +216,12 @@ class Recipe:
         return config
 
     def resolve(self, data: "TokenData") -> Tables:
-        """Return the tables of the recipe with every value filled in, the model's and the evaluation's too."""
+        """Return the tables of the recipe with every value filled in, the model's and the evaluation's too.
+
+        Raises:
+            ValueError: tables that do not go together.
+        """
+        self._check_parallel()
         config = self.model_config(data)
         names = [item.name for item in dataclasses.fields(Recipe)]  # what a subclass adds is not training's
         tables: Tables = {name: _plain(dataclasses.asdict(getattr(self, name))) for name in names}
@@ -196,6 +229,20 @@ class Recipe:
         tables["model"] = _plain({"attention": self.model.attention, **model})
         tables["evaluate"]["contexts"] = list(self.contexts)
         return tables
+
+    def _check_parallel(self) -> None:
+        train, dp, sp = self.train, self.parallel.dp, self.parallel.sp
+        if train.batch_sequences % (dp * train.accumulate):
+            raise ValueError(
+                f"parallel.dp × train.accumulate must divide train.batch_sequences = {train.batch_sequences}, got "
+                f"{dp} × {train.accumulate}"
+            )
+        if sp > 1 and self.model.attention != "dilated":
+            raise ValueError(
+                f"parallel.sp = {sp} needs model.attention = 'dilated', got {self.model.attention!r}: use parallel.dp"
+            )
+        if sp > train.tokens:
+            raise ValueError(f"parallel.sp = {sp} ranks cannot share {train.tokens} tokens of a sequence")
 
     @property
     def contexts(self) -> tuple[int, ...]:

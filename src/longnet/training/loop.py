@@ -30,16 +30,27 @@ from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
 from longnet.model.modeling import checkpoint_layers
 from longnet.training.checkpoint import (
+    Saving,
     describe_damage,
     has_checkpoints,
     lock_run,
     newest_whole,
     save_checkpoint,
 )
-from longnet.training.config import Recipe, Tables, TrainConfig, differences, to_toml
+from longnet.training.config import Recipe, Tables, differences, to_toml
 from longnet.training.metrics import Metrics, Screen, describe, peak_flops
 from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
-from longnet.training.state import State, changed_machine, read_record, restore, write_state
+from longnet.training.parallel import Ranks, open_ranks, whole
+from longnet.training.state import (
+    FORMAT,
+    State,
+    changed_machine,
+    read_record,
+    restore_state,
+    restore_weights,
+    take_snapshot,
+    write_snapshot,
+)
 
 
 class Summary(NamedTuple):
@@ -52,6 +63,7 @@ class Summary(NamedTuple):
         seconds: spent in steps, those of earlier processes too.
         model_folder: the last checkpoint, a Hugging Face model folder.
         stopped_by: the signal that stopped the run before its last step, None where it is finished.
+        rank: of this process; the first one tells the user.
     """
 
     step: int
@@ -60,6 +72,7 @@ class Summary(NamedTuple):
     seconds: float
     model_folder: Path
     stopped_by: signal.Signals | None
+    rank: int
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool = True) -> Summary:
@@ -79,29 +92,34 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         ValueError: a recipe, data or folder that does not do; a loss that stays without a finite value.
         OSError: data are missing, or the disk is full.
     """
-    data = TokenData.open(recipe.data.path)
-    tables = recipe.resolve(data)
-    windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
-    if data.validation.tokens or recipe.evaluate.every:
-        unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what could not be evaluated
-    device = find_device(recipe.train.device)
-    with lock_run(output):
-        checkpoint = _starting_point(output, data, tables, resume=resume)
+    with open_ranks(recipe.parallel, find_device(recipe.train.device)) as ranks, contextlib.ExitStack() as stack:
+        data = TokenData.open(recipe.data.path)
+        tables = recipe.resolve(data)
+        windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
+        if data.validation.tokens or recipe.evaluate.every:
+            unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
+        ranks.on_first(lambda: stack.enter_context(lock_run(output)))
+        checkpoint = ranks.on_first(lambda: _starting_point(output, data, tables, ranks, resume=resume))
         random.seed(recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
-        model = LongNetForCausalLM(recipe.model_config(data))  # made on the CPU: the same weights everywhere
-        model.train().to(device)
+        model = LongNetForCausalLM(recipe.model_config(data)).train()  # made on the CPU: the same weights everywhere
+        if checkpoint is not None:
+            restore_weights(checkpoint, model)
+        if recipe.train.checkpoint_activations:
+            checkpoint_layers(model)
+        trained = ranks.share_out(model, compiled=recipe.train.compile)
         optimizer = make_optimizer(model, recipe.optim)
         state = State()
         if checkpoint is not None:
-            state = restore(checkpoint, read_record(checkpoint), model, optimizer)
-        _write(output / "recipe.toml", to_toml(tables))
-        screen = Screen(steps=recipe.train.steps, step=state.step, wanted=progress)
-        metrics = Metrics(output, step=state.step, tensorboard=recipe.train.tensorboard)
-        with contextlib.closing(metrics), screen, _Stop() as stop:
+            state = restore_state(checkpoint, read_record(checkpoint), model, optimizer, ranks)
+        ranks.on_first(lambda: _write(output / "recipe.toml", to_toml(tables)))
+        screen = Screen(steps=recipe.train.steps, step=state.step, wanted=progress, speaks=ranks.is_first)
+        metrics = _open_metrics(stack, ranks, output, step=state.step, tensorboard=recipe.train.tensorboard)
+        with screen, _Stop() as stop:
             run = _Run(
-                recipe, output, data, tables, windows, model, optimizer, state, screen, metrics, stop, checkpoint
-            )
+                recipe, output, ranks, data, tables, windows, model, trained, optimizer, state, screen, metrics, stop,
+                checkpoint,
+            )  # fmt: skip
             return run.run()
 
 
@@ -111,22 +129,25 @@ def accumulate_gradients(
     targets: Tensor,
     *,
     parts: int,
+    items: int | None = None,
     autocast: contextlib.AbstractContextManager[object],
 ) -> Tensor:
-    """Add the gradient of the mean loss over all targets to the weights' `grad`; return that loss.
+    """Add the gradient of the sum of losses over `items` to the weights' `grad`; return that loss.
 
     Args:
         model: a causal language model that takes shift_labels and num_items_in_batch.
         input_ids: (B, T).
         targets: (B, T); targets[:, t] follows input_ids[:, t].
         parts: into how many runs of sequences B is divided, each going forward and backward by itself.
+        items: what the sum is divided by; the targets here when None. Of a batch across ranks it is that of all
+            ranks, whose losses and gradients add up to the mean's then.
         autocast: entered for each forward pass.
     """
+    items = targets.numel() if items is None else items
     total = torch.zeros((), device=input_ids.device)
     for part_ids, part_targets in zip(input_ids.chunk(parts), targets.chunk(parts), strict=True):
         with autocast:
-            # Divided by the targets of all parts, so that the parts add up to the mean of the whole batch.
-            loss = model(input_ids=part_ids, shift_labels=part_targets, num_items_in_batch=targets.numel()).loss
+            loss = model(input_ids=part_ids, shift_labels=part_targets, num_items_in_batch=items).loss
         loss.backward()
         total += loss.detach()
     return total
@@ -136,31 +157,44 @@ def accumulate_gradients(
 class _Run:
     recipe: Recipe
     output: Path
+    ranks: Ranks
     data: TokenData
     tables: Tables
     windows: Windows
     model: LongNetForCausalLM
+    trained: nn.Module  # the model, as a step calls it
     optimizer: torch.optim.Optimizer
     state: State
     screen: Screen
     metrics: Metrics
     stop: _Stop
     checkpoint: Path | None
+    stopped_by: signal.Signals | None = None
 
     def run(self) -> Summary:
         """Take the steps that are left."""
         train, state = self.recipe.train, self.state
-        self.device = self.model.device
+        self.device, self.saving = self.ranks.device, Saving()
         dtype = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
         self.flops = training_flops(self.model, self.model.config, tokens=train.tokens) * train.batch_sequences
         self.peak = peak_flops(self.device, dtype) if state.step < train.steps else None
-        self.trained = self._prepared(train)
         self._announce()
         if state.step:
             self._report()  # what a killed process had not come to
+        try:
+            self._train()
+        except (ValueError, OSError):  # known to all ranks, so that each can write what it has begun to
+            with contextlib.suppress(OSError):
+                self.saving.wait()
+            raise
+        return self._summary()
+
+    def _train(self) -> None:
+        train, state = self.recipe.train, self.state
         mark = (state.step, state.seconds)  # since when the figures of a line of metrics count
         while state.step < train.steps:
+            self.ranks.mark()
             started = time.perf_counter()
             lr, norm = self._step()
             state.seconds += time.perf_counter() - started
@@ -169,19 +203,28 @@ class _Run:
                 mark = (state.step, state.seconds)
             self.screen.advance(state.step)
             every = self.recipe.checkpoint.every
-            if state.step == train.steps or self.stop.signal or (every and state.step % every == 0):
+            signalled, failed = self.ranks.largest(self.stop.signal or 0, int(self.saving.has_failed))
+            if failed:
+                self.saving.wait()
+            if state.step == train.steps or signalled or (every and state.step % every == 0):
                 self._save()
-            if self.stop.signal and state.step < train.steps:
+            if signalled and state.step < train.steps:
+                self.stopped_by = signal.Signals(signalled)
                 break
             self._report()
-        return self._summary()
+        self.checkpoint = self.saving.wait() or self.checkpoint
 
     def _step(self) -> tuple[float, float]:
         """Train on one batch; return the learning rate and the norm of the gradient."""
-        train, optim, state = self.recipe.train, self.recipe.optim, self.state
-        input_ids, targets = (part.to(self.device) for part in self.windows.batch(state.step, train.batch_sequences))
-        total = accumulate_gradients(self.trained, input_ids, targets, parts=train.accumulate, autocast=self.autocast)
-        gradient = gradient_norm(self.model)
+        train, optim, ranks, state = self.recipe.train, self.recipe.optim, self.ranks, self.state
+        input_ids, targets = ranks.batch(self.windows, state.step, train.batch_sequences)
+        ranks.seed(train.seed, state.step)
+        items = train.batch_sequences * train.tokens
+        with ranks.sequence():
+            total = accumulate_gradients(
+                self.trained, input_ids, targets, parts=train.accumulate, items=items, autocast=self.autocast
+            )
+        total, gradient = ranks.mean_loss(total), whole(gradient_norm(self.model))
         loss, norm = torch.stack([total, gradient.to(total)]).tolist()
         lr = learning_rate(optim, state.step, train.steps)
         state.step += 1
@@ -219,7 +262,7 @@ class _Run:
             "skipped": state.skipped,
             "seconds": state.seconds,
             "tokens_per_s": steps * train.batch_sequences * train.tokens / seconds,
-            "mfu": None if self.peak is None else steps * self.flops / seconds / self.peak,
+            "mfu": None if self.peak is None else steps * self.flops / seconds / self.peak / self.ranks.size,
             "memory": peak_bytes(self.device),
         }
         state.losses.clear()
@@ -227,20 +270,21 @@ class _Run:
         self.screen.show(state.step, describe(row, (train.steps - state.step) * seconds / steps))
 
     def _save(self) -> None:
-        def write(folder: Path) -> None:
-            write_state(
-                folder,
-                self.state,
-                self.model,
-                self.optimizer,
-                recipe=self.tables,
-                fingerprint=self.data.fingerprint,
-                tokenizer=self.data.tokenizer_folder,
-            )
+        self.ranks.on_first(self.metrics.sync)  # a checkpoint's lines are on disk before it is
+        self.saving.wait()  # before there are copies for another one
+        model, ranks, step = self.model, self.ranks, self.state.step
+        snapshot = take_snapshot(
+            self.state, model, self.optimizer, ranks, recipe=self.tables, fingerprint=self.data.fingerprint
+        )
 
-        self.metrics.sync()  # a checkpoint's lines are on disk before it is
-        keep = self.recipe.checkpoint.keep
-        self.checkpoint = save_checkpoint(self.output, self.state.step, write, keep=keep)
+        def write(folder: Path) -> None:
+            write_snapshot(folder, snapshot, model, ranks, tokenizer=self.data.tokenizer_folder)
+
+        self.saving.start(
+            lambda: save_checkpoint(
+                self.output, step, write, keep=self.recipe.checkpoint.keep, on_first=ranks.on_first_while_saving
+            )
+        )
 
     def _report(self) -> None:
         """Evaluate and write samples where they are due and not done."""
@@ -255,7 +299,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         evaluate = self.recipe.evaluate
-        with self.autocast:
+        with self.autocast, self.ranks.evaluating(self.model):
             results = evaluate_contexts(
                 self.model,
                 self.data.validation,
@@ -284,23 +328,17 @@ class _Run:
     def _sample(self) -> None:
         sample = self.recipe.sample
         tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_folder)
-        with self.autocast:
+        with self.autocast, self.ranks.evaluating(self.model):
             text = generate_text(self.model, tokenizer, sample.prompt, Sampling(tokens=sample.tokens))
         self.metrics.write("sample", self.state.step, prompt=sample.prompt, text=text)
         self.screen.say(f"step {self.state.step}  sample  {sample.prompt!r} → {text!r}")
-
-    def _prepared(self, train: TrainConfig) -> nn.Module:
-        if train.checkpoint_activations:
-            checkpoint_layers(self.model)
-        # The compiled module is the same one with a faster call; evaluation, whose shapes vary, calls the plain one.
-        return cast("nn.Module", torch.compile(self.model)) if train.compile else self.model
 
     def _announce(self) -> None:
         train, state = self.recipe.train, self.state
         parameters = sum(weight.numel() for weight in self.model.parameters())
         self.screen.say(
             f"{parameters:,} parameters, attention {self.recipe.model.attention}, {train.steps:,} steps of "
-            f"{train.batch_sequences} × {train.tokens:,} tokens, {train.dtype} on {self.device.type}"
+            f"{train.batch_sequences} × {train.tokens:,} tokens, {train.dtype} on {self._where()}"
         )
         if state.step:
             what = "is finished" if state.step >= train.steps else "continues"
@@ -309,9 +347,13 @@ class _Run:
     def _summary(self) -> Summary:
         train, state = self.recipe.train, self.state
         tokens = state.step * train.batch_sequences * train.tokens
-        stopped_by = self.stop.signal if state.step < train.steps else None
         # The last step, a signal and a finished run all leave a checkpoint.
-        return Summary(state.step, tokens, state.loss, state.seconds, cast("Path", self.checkpoint), stopped_by)
+        folder = cast("Path", self.checkpoint)
+        return Summary(state.step, tokens, state.loss, state.seconds, folder, self.stopped_by, self.ranks.rank)
+
+    def _where(self) -> str:
+        parallel = self.recipe.parallel
+        return self.device.type + (f", {parallel.dp} × {parallel.sp} ranks" if parallel.size > 1 else "")
 
 
 class _Stop:
@@ -335,7 +377,20 @@ class _Stop:
         self.__exit__()
 
 
-def _starting_point(output: Path, data: TokenData, tables: Tables, *, resume: bool) -> Path | None:
+def _open_metrics(stack: contextlib.ExitStack, ranks: Ranks, output: Path, *, step: int, tensorboard: bool) -> Metrics:
+    """Open the first rank's files; the other ranks know what is in them, and write nothing."""
+    metrics = Metrics(None, step=step, tensorboard=False)
+
+    def opened() -> set[tuple[str, int]]:
+        nonlocal metrics
+        metrics = stack.enter_context(contextlib.closing(Metrics(output, step=step, tensorboard=tensorboard)))
+        return metrics.told
+
+    metrics.told = ranks.on_first(opened)
+    return metrics
+
+
+def _starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks, *, resume: bool) -> Path | None:
     """Return the checkpoint to continue from, None to begin; refuse what would mix two runs."""
     if not has_checkpoints(output):
         return None
@@ -352,6 +407,11 @@ def _starting_point(output: Path, data: TokenData, tables: Tables, *, resume: bo
     if found.damaged:
         screen.warn(f"damaged: {describe_damage(found.damaged)}; {found.whole.name} is used instead")
     record = read_record(found.whole)
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"{found.whole} has format {record['format']}, and this version of longnet continues format {FORMAT}: "
+            "continue it with the version that wrote it, or begin another run"
+        )
     if record["data"] != data.fingerprint:
         raise ValueError(f"{output} was trained on other data than {data.folder}: resume it with its own")
     changed = differences(record["recipe"], tables)
@@ -364,7 +424,7 @@ def _starting_point(output: Path, data: TokenData, tables: Tables, *, resume: bo
         )
     if record["progress"]["step"] > tables["train"]["steps"]:
         raise ValueError(f"{output} has finished {record['progress']['step']} steps already: raise train.steps")
-    moved = changed_machine(record, find_device(tables["train"]["device"]))
+    moved = changed_machine(record, ranks)
     if moved:
         screen.warn(f"{output} continues on another machine ({', '.join(moved)}): rounding may differ from here on")
     return found.whole

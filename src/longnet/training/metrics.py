@@ -28,18 +28,24 @@ class Metrics:
     a line without end.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; None to write nothing, on ranks that another one writes for.
         step: steps finished.
         tensorboard: write RUN/tensorboard, too.
+
+    Attributes:
+        told: kind and step of each line.
 
     Raises:
         ValueError: TensorBoard is not installed.
     """
 
-    def __init__(self, run: Path, *, step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path | None, *, step: int, tensorboard: bool) -> None:
+        self.told: set[tuple[str, int]] = set()
+        self._file = self._writer = None
+        if run is None:
+            return
         self._path = path = run / "metrics.jsonl"
         self._writer = _tensorboard(run / "tensorboard", step) if tensorboard else None
-        self._told: set[tuple[str, int]] = set()
         kept = 0
         if path.exists():
             with path.open("rb") as file:
@@ -47,7 +53,7 @@ class Metrics:
                     row = _row(line)
                     if row is None or row["step"] > step:
                         break
-                    self._told.add((row["kind"], row["step"]))
+                    self.told.add((row["kind"], row["step"]))
                     kept += len(line)
             os.truncate(path, kept)
         self._file = path.open("ab", buffering=0)  # nothing waits to be written, and fails again, when it is closed
@@ -59,12 +65,15 @@ class Metrics:
             OSError: it cannot be written, on a full disk for example; what there is of it goes when the run is resumed.
         """
         line = (json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n").encode()
+        if self._file is None:
+            self.told.add((kind, step))
+            return
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(f"cannot write {self._path}: {error.strerror}; make room and resume") from error
-        self._told.add((kind, step))
+        self.told.add((kind, step))
         if self._writer is not None:
             for name, value in _scalars({"kind": kind, "step": step, **values}):
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
@@ -73,15 +82,17 @@ class Metrics:
 
     def has(self, kind: str, step: int) -> bool:
         """Tell whether there is such a line."""
-        return (kind, step) in self._told
+        return (kind, step) in self.told
 
     def sync(self) -> None:
         """Wait until all lines are on disk."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -93,11 +104,13 @@ class Screen:
         steps: of the whole run.
         step: finished ones.
         wanted: show anything.
+        speaks: False on ranks that another one speaks for; their warnings are not shown either.
     """
 
-    def __init__(self, *, steps: int, step: int, wanted: bool) -> None:
+    def __init__(self, *, steps: int, step: int, wanted: bool, speaks: bool = True) -> None:
+        wanted = wanted and speaks
         self._console = Console(quiet=not wanted, highlight=False, soft_wrap=True)
-        self._steps = steps
+        self._steps, self._speaks = steps, speaks
         self._bar: Progress | None = None
         if self._console.is_terminal and wanted:
             columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"))
@@ -131,6 +144,8 @@ class Screen:
 
     def warn(self, line: str) -> None:
         """Print a warning on stderr, wanted or not."""
+        if not self._speaks:
+            return
         console = self._console if self._bar is not None else Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"longnet: warning: {line}", markup=False)
 
