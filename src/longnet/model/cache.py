@@ -132,13 +132,14 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
             if self.state is not None:
                 self.state.record(is_on=True)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last −`tokens_to_remove` tokens.
 
         Raises:
             ValueError: a positive number, more tokens than there are, or rows of an earlier segment would be needed,
                 which are gone unless `activate_past_recording` was called before the tokens to forget.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17's assisted decoding counts in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.state is None:
