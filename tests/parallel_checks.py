@@ -18,6 +18,9 @@ from longnet.attention import sequence_parallel
 from longnet.bench import distributed
 from longnet.measurement import peak_bytes
 from longnet.model.modeling import checkpoint_layers
+from longnet.training.config import ParallelConfig
+from longnet.training.loop import accumulate_gradients
+from longnet.training.parallel import Ranks, whole
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
@@ -151,6 +154,38 @@ def model(rank, ranks):
             max(((a - b.grad).abs().max() / a.abs().max()).item() for a, b in gradients),
         )
     return worst
+
+
+def shared_out(rank, ranks):
+    """The trainer's gradients on 2 × 2 ranks, weights shared out by FSDP2, against one device: relative errors."""
+    config = ParallelConfig(dp=2, sp=2)
+    cpu = torch.device("cpu")
+    axes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    shared = Ranks(config=config, device=cpu, rank=rank, axes=axes, shards=init_device_mesh("cpu", (ranks,)))
+    generator = torch.Generator().manual_seed(5)
+    ids, targets = (torch.randint(0, 64, (4, 101), generator=generator) for _ in "it")
+    rows, columns = slice(2 * (rank // 2), 2 * (rank // 2) + 2), slice(*((0, 50), (50, 101))[rank % 2])
+    torch.manual_seed(0)
+    net = LongNetForCausalLM(
+        LongNetConfig(
+            attn_implementation="dilated", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, segment_lengths=[8, 32, 128], dilation_rates=[1, 2, 8],
+        )
+    ).double().train()  # fmt: skip
+    plain = contextlib.nullcontext()
+    accumulate_gradients(net, ids, targets, parts=1, autocast=plain)
+    expected = {name: parameter.grad for name, parameter in net.named_parameters()}
+    net.zero_grad()
+    trained = shared.share_out(net, compiled=False)
+    with shared.sequence():
+        accumulate_gradients(
+            trained, ids[rows, columns], targets[rows, columns], parts=2, items=targets.numel(), autocast=plain
+        )
+    errors = {}
+    for name, parameter in net.named_parameters():
+        found, want = whole(parameter.grad), expected[name]
+        errors[name] = ((found - want).abs().max() / want.abs().max()).item()
+    return errors
 
 
 def other_models(rank, ranks):

@@ -14,6 +14,7 @@ from longnet.data.shards import TokenData
 from longnet.training.checkpoint import lock_run, model_folder
 from longnet.training.config import ParallelConfig
 from longnet.training.parallel import Ranks, _meet
+from ranks import run_ranks
 from training.jobs import Job, preloaded, write_recipe
 from training.runs import checkpoints, lines, tensors, values
 
@@ -80,6 +81,13 @@ def test_the_same_recipe_gives_the_same_losses(runs, mesh):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_gradients_added_up_over_both_axes_are_those_of_one_device(tmp_path):
+    for errors in run_ranks("parallel_checks:shared_out", 4, tmp_path):
+        assert len(errors) > 20
+        for name, error in errors.items():
+            assert error <= 1e-12, name
 
 
 @pytest.mark.parametrize("mesh", MESHES)
