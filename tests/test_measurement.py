@@ -1,3 +1,4 @@
+import functools
 import mmap
 
 import numpy as np
@@ -8,11 +9,11 @@ from longnet import measurement
 CPU = torch.device("cpu")
 
 
-def test_interleaved_runs_every_case_in_every_round():
+def test_interleaved_runs_every_case_in_every_round_each_beginning_with_another():
     calls = []
-    times = measurement.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 2, CPU)
-    assert calls == ["a", "b"] * 3  # the first round is not counted
-    assert [len(rounds) for rounds in times] == [2, 2]
+    times = measurement.interleaved([functools.partial(calls.append, name) for name in "abc"], 3, CPU)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"  # the first round is not counted
+    assert [len(rounds) for rounds in times] == [3, 3, 3]
 
 
 def test_a_ratio_is_the_median_over_rounds():

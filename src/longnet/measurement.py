@@ -52,13 +52,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def interleaved(cases: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
     """Return the seconds of each case in each of `repeats` rounds; a round runs every case once.
 
-    Shared machines drift; within a round the cases meet the same machine, so the median of their ratios holds. A first
+    Shared machines drift; within a round the cases meet the same machine, so the median of their ratios holds. Each
+    round begins with another case, so that none always finds the caches that one and the same left behind. A first
     round is not counted.
     """
     rounds: list[list[float]] = [[] for _ in cases]
-    for _ in range(1 + repeats):
-        for case, times in zip(cases, rounds, strict=True):
-            times.append(seconds(case, device))
+    for first in range(1 + repeats):
+        for turn in range(len(cases)):
+            index = (first + turn) % len(cases)
+            rounds[index].append(seconds(cases[index], device))
     return [times[1:] for times in rounds]
 
 
