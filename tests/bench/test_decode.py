@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 from longnet.bench import decode
 from longnet.cli.main import main
+from longnet.model.versions import CACHE
 
 CPU = torch.device("cpu")
 SMALL = decode.Settings(
@@ -52,10 +53,10 @@ def work(model, position, steps):
     cache = decode.as_if_read(model, position)
     ids = torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         with Work() as counted:
             for _ in range(steps):
-                model(ids, past_key_values=cache)
+                model(ids, **{CACHE: cache})
     return counted
 
 

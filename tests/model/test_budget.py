@@ -25,7 +25,7 @@ _MEASURE = """
 import json, sys, torch
 from longnet.measurement import peak_bytes
 from longnet.model import LongNetConfig, LongNetForCausalLM
-from longnet.model.modeling import checkpoint_layers
+from longnet.model.versions import checkpoint_layers
 
 def train(fields, tokens, options):
     model = LongNetForCausalLM(LongNetConfig.preset("tiny", **fields)).train()

@@ -14,6 +14,7 @@ import longnet
 from longnet import DilatedCache, DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import use_sparse_fixed_attention
+from longnet.model.versions import CACHE
 from model.families import BRANCHES, CAUSAL, build, dilated, positions_of, tokens_of
 
 SAME = 1e-5  # logits in float32, along two paths
@@ -24,7 +25,7 @@ def model_of(family, dtype=torch.float32, **settings):
 
 
 def in_chunks(model, ids, cache, size):
-    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in ids.split(size, 1)], 1)
+    return torch.cat([model(chunk, **{CACHE: cache}).logits for chunk in ids.split(size, 1)], 1)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50, 110])
@@ -73,15 +74,15 @@ def test_generate_is_that_with_the_ordinary_cache(family, way):
             )
         )
     ours, ordinary = results
-    assert isinstance(ours.past_key_values, DilatedCache)
-    assert isinstance(ordinary.past_key_values, DynamicCache)
+    assert isinstance(ours[CACHE], DilatedCache)
+    assert isinstance(ordinary[CACHE], DynamicCache)
     assert torch.equal(ours.sequences, ordinary.sequences)
     if way == "greedy":
         for one, other in zip(ours.logits, ordinary.logits, strict=True):
             torch.testing.assert_close(one, other, atol=SAME, rtol=SAME)
     rows = BRANCHES.state_rows(tokens=83)
-    assert ours.past_key_values.layers[0].keys.shape[2] == rows
-    assert ordinary.past_key_values.layers[0].keys.shape[2] > rows
+    assert ours[CACHE].layers[0].keys.shape[2] == rows
+    assert ordinary[CACHE].layers[0].keys.shape[2] > rows
 
 
 def test_an_assistant_may_be_wrong_across_segments():
@@ -99,11 +100,11 @@ def test_generate_goes_on_from_a_given_cache(family):
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     cache = DilatedCache(model.config)
     with torch.no_grad():
-        model(ids[:, :33], past_key_values=cache)
-    again = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+        model(ids[:, :33], **{CACHE: cache})
+    again = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **{CACHE: cache})
     assert torch.equal(again, expected)
     with pytest.raises(ValueError, match="a cache that starts at 5"):
-        model.generate(ids, past_key_values=DilatedCache(model.config, start=5), **settings)
+        model.generate(ids, **{CACHE: DilatedCache(model.config, start=5)}, **settings)
 
 
 @torch.no_grad()
@@ -116,16 +117,16 @@ def test_rows_of_unequal_length():
         cache = DilatedCache(model.config)
         for start in range(0, 60, size):
             stop = min(start + size, 60)
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache}).logits
             real = mask[:, start:stop].bool()
             torch.testing.assert_close(out[real], expected[:, start:stop][real], atol=SAME, rtol=SAME)
     with pytest.raises(ValueError, match="must cover the 60 cached and the 1 new"):
-        model(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
     llama = model_of("Llama")
     cache = DilatedCache(llama.config)
-    llama(ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache)
+    llama(ids, attention_mask=mask, position_ids=positions_of(mask), **{CACHE: cache})
     with pytest.raises(ValueError, match="must cover the 60 cached and the 1 new"):
-        llama(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
+        llama(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("position_embedding", ["xpos", "rope"])
@@ -146,7 +147,7 @@ def test_positions_far_out(far, position_embedding):
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     cache = DilatedCache(model.config, start=far // 96 * 96)
-    padded = model(ids, attention_mask=mask, past_key_values=cache).logits
+    padded = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     torch.testing.assert_close(padded[:1, 20:], model(ids[:1, 20:]).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -155,11 +156,11 @@ def test_rows_are_chosen_repeated_and_reset():
     model, ids = model_of("Qwen3"), tokens_of(3, 60)
     expected = model(ids).logits
     cache = DilatedCache(model.config)
-    model(ids[:, :41], past_key_values=cache)
+    model(ids[:, :41], **{CACHE: cache})
     whole = copy.deepcopy(cache)
 
     def go_on(cache, rows):
-        got = model(ids[rows, 41:], past_key_values=cache).logits
+        got = model(ids[rows, 41:], **{CACHE: cache}).logits
         torch.testing.assert_close(got, expected[rows, 41:], atol=SAME, rtol=SAME)
 
     cache.batch_repeat_interleave(2)
@@ -171,32 +172,30 @@ def test_rows_are_chosen_repeated_and_reset():
     go_on(masked, [0, 2])
     whole.reset()
     assert whole.get_seq_length() == 0
-    torch.testing.assert_close(model(ids, past_key_values=whole).logits, expected, atol=SAME, rtol=SAME)
+    torch.testing.assert_close(model(ids, **{CACHE: whole}).logits, expected, atol=SAME, rtol=SAME)
 
 
 @torch.no_grad()
 def test_crop():
     model, ids = model_of("Llama"), tokens_of(1, 60)
     expected, cache = model(ids).logits, DilatedCache(model.config)
-    model(ids[:, :42], past_key_values=cache)
-    model(ids[:, :2], past_key_values=cache)  # 42, 43: segments of 4 begin at 40 and 44
+    model(ids[:, :42], **{CACHE: cache})
+    model(ids[:, :2], **{CACHE: cache})  # 42, 43: segments of 4 begin at 40 and 44
     cache.crop(-2)
-    torch.testing.assert_close(
-        model(ids[:, 42:45], past_key_values=cache).logits, expected[:, 42:45], atol=SAME, rtol=0
-    )
+    torch.testing.assert_close(model(ids[:, 42:45], **{CACHE: cache}).logits, expected[:, 42:45], atol=SAME, rtol=0)
     with pytest.raises(ValueError, match=r"cannot crop 2 tokens at position 45: a segment of 4 began"):
         cache.crop(-2)
     assert cache.get_seq_length() == 45
     cache.activate_past_recording()
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :9], **{CACHE: cache})
     cache.crop(-8)
     cache.crop(0)
     with pytest.raises(ValueError, match="minus the number"):
         cache.crop(8)
     cache.activate_past_recording()
     cache.reset()
-    model(ids[:, :45], past_key_values=cache)
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :45], **{CACHE: cache})
+    model(ids[:, :9], **{CACHE: cache})
     cache.crop(-9)
     torch.testing.assert_close(in_chunks(model, ids[:, 45:], cache, 4), expected[:, 45:], atol=SAME, rtol=0)
 
@@ -208,9 +207,9 @@ def saved(tmp_path):
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     with torch.no_grad():
-        model(ids[:, :41], attention_mask=mask[:, :41], past_key_values=cache)
+        model(ids[:, :41], attention_mask=mask[:, :41], **{CACHE: cache})
         cache.save(tmp_path / "cache.safetensors")
-        expected = model(ids[:, 41:], attention_mask=mask, past_key_values=cache).logits
+        expected = model(ids[:, 41:], attention_mask=mask, **{CACHE: cache}).logits
     return model, ids, mask, expected, tmp_path / "cache.safetensors"
 
 
@@ -218,7 +217,7 @@ def saved(tmp_path):
 def test_a_file_keeps_the_cache(saved):
     model, ids, mask, expected, path = saved
     cache = DilatedCache.load(path, model.config)
-    assert torch.equal(model(ids[:, 41:], attention_mask=mask, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids[:, 41:], attention_mask=mask, **{CACHE: cache}).logits, expected)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with pytest.raises(ValueError, match="nothing to save"):
         DilatedCache(model.config).save(path)
@@ -272,19 +271,19 @@ def test_what_cannot_be_served_is_refused(family):
     model, ids = model_of(family), tokens_of(1, 20)
     cache = DilatedCache(model.config)
     dense = build(family)
-    dense(ids, past_key_values=cache, position_ids=torch.arange(20)[None])
+    dense(ids, **{CACHE: cache}, position_ids=torch.arange(20)[None])
     with pytest.raises(ValueError, match="no attention read"):
-        dense(ids, past_key_values=cache, position_ids=torch.arange(20)[None])
+        dense(ids, **{CACHE: cache}, position_ids=torch.arange(20)[None])
     cache.reset()
     sparse = build(family)
     sparse.config.segment_lengths, sparse.config.dilation_rates = [4], [1]
     use_sparse_fixed_attention(sparse, SparseFixedPattern(8, 2))
     with pytest.raises(ValueError, match="cannot serve sparse_fixed"):
-        sparse(ids, past_key_values=DilatedCache(sparse.config))
+        sparse(ids, **{CACHE: DilatedCache(sparse.config)})
     other = copy.deepcopy(model)
     longnet.use_dilated_attention(other, DilationPattern((8,), (1,)))
     with pytest.raises(ValueError, match=r"for the pattern 4:1,8:2,32:3, the model's is 8:1"):
-        other(ids, past_key_values=DilatedCache(model.config))
+        other(ids, **{CACHE: DilatedCache(model.config)})
     with pytest.raises(ValueError, match="start must be at least 0"):
         DilatedCache(model.config, start=-1)
     plain = build("Llama").config
@@ -302,7 +301,7 @@ def test_a_hybrid_model_is_refused_and_generates_with_its_own_cache():
 
 def test_gradients_are_refused_loudly():
     model, ids = model_of("LongNet"), tokens_of(1, 20)
-    out = model(ids, past_key_values=DilatedCache(model.config)).logits
+    out = model(ids, **{CACHE: DilatedCache(model.config)}).logits
     with pytest.raises(RuntimeError, match="keeps no gradients"):
         out.sum().backward()
 
@@ -321,7 +320,7 @@ def test_a_window_that_hides_nothing():
     model, ids = dilated(build("Mistral", sliding_window=64), BRANCHES), tokens_of(1, 20)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     ours = model.generate(ids, **settings, return_dict_in_generate=True)
-    assert isinstance(ours.past_key_values, DilatedCache)
+    assert isinstance(ours[CACHE], DilatedCache)
     plain = dilated(build("Mistral"), BRANCHES)
     assert torch.equal(ours.sequences, plain.generate(ids, **settings, cache_implementation="dynamic"))
     mask = torch.ones(2, 40, dtype=torch.long)
@@ -329,7 +328,7 @@ def test_a_window_that_hides_nothing():
     ids, cache = tokens_of(2, 40), DilatedCache(model.config)
     for start, stop in ((0, 5), (5, 20), (20, 21), (21, 40)):
         where = positions_of(mask)[:, start:stop]
-        got = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=where, past_key_values=cache).logits
+        got = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=where, **{CACHE: cache}).logits
     expected = plain(ids, attention_mask=mask, position_ids=positions_of(mask)).logits[:, 21:]
     torch.testing.assert_close(got, expected, atol=SAME, rtol=SAME)
 
@@ -351,7 +350,7 @@ def growth(chunk, tokens):
     cache, ids = DilatedCache(model.config), torch.zeros(1, chunk, dtype=torch.int64)
     before = peak_bytes(CPU, reset=True)
     for _ in range(tokens // chunk):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     assert cache.get_seq_length() == tokens
     return peak_bytes(CPU) - before
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.pytorch_utils import Conv1D
 
-from longnet.model.modeling import checkpoint_layers
+from longnet.model.versions import CACHE, checkpoint_layers
 from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
@@ -106,14 +106,14 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
     compiled = torch.compile(model.forward, backend=counter)
     past = StaticCache(config=model.config, max_cache_len=50)
     with torch.no_grad():
-        start = {"attention_mask": mask[:, :9], "position_ids": positions[:, :9], "past_key_values": past}
+        start = {"attention_mask": mask[:, :9], "position_ids": positions[:, :9], CACHE: past}
         parts = [model(ids[:, :9], **start).logits]
         for t in range(9, TOKENS):
             here = positions[:, t : t + 1]
             seen = create_masks_for_generate(
                 model.config, torch.empty(2, 1, 0), mask[:, : t + 1], past, position_ids=here
             )
-            step = {"attention_mask": seen, "position_ids": here, "past_key_values": past, "use_cache": True}
+            step = {"attention_mask": seen, "position_ids": here, CACHE: past, "use_cache": True}
             parts.append(compiled(ids[:, t : t + 1], **step).logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], full[mask.bool()], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from longnet.attention.reference import multiplicity
+from longnet.model.versions import CACHE
 from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
@@ -164,7 +165,7 @@ def test_one_branch_is_sdpa_through_a_cache(family, cache):
         parts, start = [], 0
         for stop in (9, 16, *range(17, 25)):
             step = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            step |= {"attention_mask": mask[:, :stop], "past_key_values": past, "use_cache": True}
+            step |= {"attention_mask": mask[:, :stop], CACHE: past, "use_cache": True}
             parts.append(outputs(model, step))
             start = stop
         return torch.cat(parts, 1)[mask[:, :24].bool()]
@@ -194,7 +195,7 @@ def test_cached_decoding_is_the_full_forward(family, cache):
     with torch.no_grad():
         for stop in (9, 16, *range(17, TOKENS + 1)):  # a prefill in two chunks, then token by token
             step = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop]}
-            step |= {"attention_mask": mask[:, :stop], "past_key_values": past, "use_cache": True}
+            step |= {"attention_mask": mask[:, :stop], CACHE: past, "use_cache": True}
             parts.append(outputs(model, step))
             start = stop
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], full[mask.bool()], **SAME)

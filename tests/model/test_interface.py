@@ -28,6 +28,7 @@ from longnet import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import interface, use_sparse_fixed_attention
 from longnet.model.interface import Visible, dilated_attention_forward
+from longnet.model.versions import CACHE
 from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, build, dilated, positions_of, tokens_of
 
 TOKENS = 37
@@ -283,7 +284,7 @@ def test_masks_that_are_no_documents_are_refused():
         return torch.ones((), dtype=torch.bool)
 
     for make, keyword in ((create_causal_mask, "or_mask_function"), (create_bidirectional_mask, "and_mask_function")):
-        visible = make(config_of(), embeddings, None, past_key_values=None, **{keyword: everything})
+        visible = make(config_of(), embeddings, None, **{CACHE: None, keyword: everything})
         assert "custom mask function" in visible.refusal
     chunked = create_chunked_causal_mask(config_of(attention_chunk_size=11), embeddings, None, None)
     assert "chunk of 11 over 12 tokens" in chunked.refusal

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention
-from longnet.model.modeling import checkpoint_layers
 from longnet.model.positions import RotaryPositions
+from longnet.model.versions import CACHE, checkpoint_layers
 
 SAME = 1e-5  # logits and gradients in float32, along two paths
 FLOAT64 = 1e-10
@@ -164,7 +164,7 @@ def test_cached_logits_are_the_uncached(position_embedding, implementation):
     made = model(position_embedding=position_embedding, attn_implementation=implementation)
     ids, cache, parts = tokens(2, 220), DynamicCache(config=made.config), []
     for start, stop in [(0, 7), (7, 40), (40, 180), *((t, t + 1) for t in range(180, 220))]:
-        parts.append(made(ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+        parts.append(made(ids[:, start:stop], **{CACHE: cache}, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(parts, 1), made(ids).logits, atol=FLOAT64, rtol=FLOAT64)
 
 
@@ -191,16 +191,16 @@ def test_generate_is_the_greedy_argmax(implementation):
 
 def test_a_cache_is_not_made_where_it_cannot_be_continued():
     made, packed = model(), inputs("packed")
-    assert made(tokens(1, 5)).past_key_values.get_seq_length() == 5
-    assert made(**packed).past_key_values is None
-    assert made.train()(tokens(1, 5)).past_key_values is None
+    assert made(tokens(1, 5))[CACHE].get_seq_length() == 5
+    assert made(**packed).get(CACHE) is None
+    assert made.train()(tokens(1, 5)).get(CACHE) is None
     with pytest.raises(ValueError, match="position_ids restart"):
-        made.eval()(**packed, past_key_values=DynamicCache(config=made.config))
+        made.eval()(**packed, cache=DynamicCache(config=made.config))
     with pytest.raises(ValueError, match="position_ids restart"):
         made(**packed, use_cache=True)
-    cached = made(tokens(1, 5)).past_key_values
+    cached = made(tokens(1, 5))[CACHE]
     with pytest.raises(ValueError, match="must cover the 5 cached and the 1 new tokens"):
-        made(tokens(1, 1), attention_mask=torch.ones(1, 1), past_key_values=cached)
+        made(tokens(1, 1), attention_mask=torch.ones(1, 1), **{CACHE: cached})
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         made.model()
 
@@ -396,7 +396,7 @@ def test_documents_that_start_late_are_refused_with_xpos():
     with pytest.raises(ValueError, match=r"that start at \[5\]"):
         made(ids, position_ids=late)
     with pytest.raises(ValueError, match=r"that start at \[5\]"):
-        made(ids[:, :8], position_ids=torch.arange(5, 13)[None], past_key_values=DynamicCache(config=made.config))
+        made(ids[:, :8], position_ids=torch.arange(5, 13)[None], **{CACHE: DynamicCache(config=made.config)})
     edges = torch.tensor([0, 11, 140], dtype=torch.int32)
     with pytest.raises(ValueError, match="position_ids that restart"):
         made(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges)
@@ -413,6 +413,6 @@ def test_documents_that_start_late_are_refused_with_xpos():
 def test_a_cache_that_is_given_comes_back():
     made, ids = model(), tokens(1, 12)
     cache = DynamicCache(config=made.config)
-    out = made(ids, position_ids=torch.arange(12)[None], past_key_values=cache)
-    assert out.past_key_values is cache
+    out = made(ids, position_ids=torch.arange(12)[None], **{CACHE: cache})
+    assert out[CACHE] is cache
     assert cache.get_seq_length() == 12

@@ -19,7 +19,7 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.measurement import find_device, interleaved, provenance
 from longnet.model import LongNetForCausalLM
-from longnet.model.modeling import checkpoint_layers
+from longnet.model.versions import checkpoint_layers
 from longnet.training.loop import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longnet.model import DilatedCache
+from longnet.model.versions import CACHE
 
 _BLOCK_BYTES = 2**20  # of text, cut at a line's end, that go through a tokenizer at a time
 _BLOCK_LOGITS = 2**19  # held at a time: 2 MiB in float32, which stay in cache
@@ -292,7 +293,7 @@ def _losses(model: Any, cache: DilatedCache, ids: Ids, targets: Ids) -> np.ndarr
     device = next(model.parameters()).device
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     inputs = torch.from_numpy(ids)[None].to(device)
-    hidden: Tensor = decoder(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    hidden: Tensor = decoder(input_ids=inputs, use_cache=True, **{CACHE: cache}).last_hidden_state[0]
     wanted = torch.from_numpy(targets).to(device)
     losses = []
     rows = max(1, _BLOCK_LOGITS // head.weight.shape[0])

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
+from longnet.model.versions import HAS_QUERY_OFFSET, TELLS_WHAT_TO_RECORD
 
 _FORMAT = "longnet cache 1"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # windows that hide something are refused
@@ -111,13 +112,22 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         """Return the position of the next token, padding counted."""
         return self.start + self.columns
 
+    @property
+    def skipped(self) -> int:
+        """Columns of the mask whose keys the attention is not given, since the state holds what is needed of them."""
+        return self.columns if HAS_QUERY_OFFSET else self.get_seq_length()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys that the attention is given, and the column of the first: the new ones alone."""
-        return query_length, self.columns
+        return query_length, self.skipped
 
     def get_max_length(self) -> int:
         """Return −1: any length fits."""
         return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return −1; transformers before 5.13 calls `get_max_length` so."""
+        return self.get_max_length()
 
     def reset(self) -> None:
         """Forget every token."""
@@ -133,13 +143,15 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
                 self.state.record(is_on=True)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the last −`tokens_to_remove` tokens.
+        """Forget the last −`tokens_to_remove` tokens; before transformers 5.14, a positive number is one to keep.
 
         Raises:
             ValueError: a positive number, more tokens than there are, or rows of an earlier segment would be needed,
                 which are gone unless `activate_past_recording` was called before the tokens to forget.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17's assisted decoding counts in a tensor
+        if tokens_to_remove > 0 and not TELLS_WHAT_TO_RECORD:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         if self.state is None:
@@ -174,7 +186,7 @@ class DilatedCache(Cache):
 
         cache = DilatedCache(model.config)
         for chunk in ids.split(65_536, dim=1):
-            model(chunk, past_key_values=cache)
+            model(chunk, past_key_values=cache)  # from transformers 5.24 on: cache=cache
 
     It carries no gradients. Batch rows may be padded on the left.
 

@@ -102,7 +102,7 @@ class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # trans
     """
 
     model_type = "longnet"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # transformers' own form
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  # transformers' own form
 
     vocab_size: int = 100_352
     hidden_size: int = 768

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.model.cache import DilatedCache, refusal
+from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
 
 _prepare: Callable[..., Any] = GenerationMixin._prepare_cache_for_generation
 
@@ -19,11 +21,11 @@ def _prepare_cache(
 ) -> Any:
     config = self.config.get_text_config(decoder=True)
     is_dilated = config._attn_implementation == "dilated"
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(CACHE)
     if isinstance(given, DilatedCache) and given.start:
         raise ValueError(
             f"generate() counts positions from the start of its input_ids, got a cache that starts at {given.start}: "
-            "decode with model(ids, past_key_values=cache)"
+            f"decode with model(ids, {CACHE}=cache)"
         )
     if (
         is_dilated
@@ -33,9 +35,11 @@ def _prepare_cache(
         and refusal(config) is None
     ):
         cache = DilatedCache(config, max_tokens=length)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()  # type: ignore[no-untyped-call]
-        model_kwargs["past_key_values"] = cache
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION and not TELLS_WHAT_TO_RECORD
+        if generation_config.is_assistant or is_assisted:
+            for layer in cache.layers:
+                layer.activate_past_recording()
+        model_kwargs[CACHE] = cache
         return None
     return _prepare(self, generation_config, model_kwargs, generation_mode, batch_size, length)
 

@@ -26,21 +26,10 @@ from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
+from longnet.model.versions import CACHE, query_offset
 from longnet.model.visibility import bounds_of_mask, visible_slice
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
-
-
-def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
-    """Keep only what enters each layer for the backward pass, in place; the rest is computed once more.
-
-    Args:
-        model: any model of transformers, which called this gradient_checkpointing_enable before 5.23, and warns since.
-        use_reentrant: which of torch.utils.checkpoint's two ways.
-    """
-    has_new_name = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
 
 
 def eager_attention(
@@ -100,7 +89,7 @@ class LongNetAttention(nn.Module):
         *,
         attention_mask: Any,
         rotations: tuple[Rotation, Rotation] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return out (B, T, C) and, from implementations that have them, the attention weights."""
@@ -110,8 +99,8 @@ class LongNetAttention(nn.Module):
         )
         if rotations is not None:
             query, key = rotate(query, rotations[0]), rotate(key, rotations[1])
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out, weights = attend(
             self,
@@ -174,7 +163,7 @@ class LongNetPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call] 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongNetDecoderLayer"]  # noqa: RUF012  # transformers' own form, here and below
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}  # noqa: RUF012
@@ -226,9 +215,10 @@ class LongNetModel(LongNetPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the last hidden states, and a cache.
@@ -238,42 +228,42 @@ class LongNetModel(LongNetPreTrainedModel):
             attention_mask: (B, past + T), 1 for real tokens; positions count from the first of each row.
             position_ids: (B or 1, T), instead of positions derived from the mask and the cache. Where they restart, and
                 neither mask nor cache is given, a new document begins, which does not see the ones before.
-            past_key_values: keys and values of earlier tokens; the new ones are added to it.
+            cache: keys and values of earlier tokens; the new ones are added to it.
             inputs_embeds: (B, T, C), instead of input_ids.
             use_cache: return a cache. When None, where the configuration says so, outside training, and where no
                 position_ids are given, since packed documents cannot be continued.
+            past_key_values: the cache by its name before transformers 5.24, instead of `cache`.
             **kwargs: for the attention implementation; `output_hidden_states`, `output_attentions`.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; a mask of another length; positions that xPos
-                cannot serve; packed documents with a cache; a cache while layers are checkpointed.
+            ValueError: both or neither of input_ids and inputs_embeds; two caches; a mask of another length; positions
+                that xPos cannot serve; packed documents with a cache; a cache while layers are checkpointed.
         """
+        cache = _one_of(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise ValueError(
                 "gradient checkpointing runs each layer twice, which would fill the cache twice: call model.eval(), or "
-                "leave out past_key_values and use_cache"
+                "leave out the cache and use_cache"
             )
         if use_cache is None:
-            use_cache = past_key_values is not None or (
-                self.config.use_cache and not self.training and position_ids is None
-            )
+            use_cache = cache is not None or (self.config.use_cache and not self.training and position_ids is None)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens needs position_ids that restart with each document, as collators send them")
         group = current_group()
         if group is not None:
-            if past_key_values is not None:
-                raise ValueError("a sequence that lies across ranks cannot be cached: leave out past_key_values")
+            if cache is not None:
+                raise ValueError("a sequence that lies across ranks cannot be cached: leave out the cache")
             use_cache = False
             if self.config._attn_implementation != "dilated":
                 raise ValueError(
                     f'across ranks only "dilated" attention can be computed, not "{self.config._attn_implementation}"'
                 )
         past_tokens = past_columns = 0
-        if past_key_values is not None:
-            past_tokens, past_columns = past_key_values.get_seq_length(), past_key_values.get_query_offset(0)
+        if cache is not None:
+            past_tokens, past_columns = cache.get_seq_length(), query_offset(cache)
         rotations = None
         highest = None
         slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))
@@ -283,10 +273,10 @@ class LongNetModel(LongNetPreTrainedModel):
         elif position_ids is None:
             position_ids = _positions(hidden_states, attention_mask, past_tokens, past_columns)
             highest = past_tokens + hidden_states.shape[1] - 1
-        elif attention_mask is None and (use_cache or past_key_values is not None):
+        elif attention_mask is None and (use_cache or cache is not None):
             _refuse_packed(position_ids)
         if self.rotary is not None:
-            is_cached = bool(use_cache) or past_key_values is not None
+            is_cached = bool(use_cache) or cache is not None
             rotations = self._rotations(
                 self.rotary, position_ids, hidden_states, past_tokens, highest, is_cached=is_cached
             )
@@ -299,11 +289,11 @@ class LongNetModel(LongNetPreTrainedModel):
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
@@ -311,12 +301,11 @@ class LongNetModel(LongNetPreTrainedModel):
                 attention_mask=mask,
                 rotations=rotations,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **kept)
 
     def _rotations(
         self,
@@ -360,13 +349,14 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the loss, the logits, a cache.
@@ -375,7 +365,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             input_ids: as LongNetModel's, and so the next five.
             attention_mask: (B, past + T).
             position_ids: (B or 1, T).
-            past_key_values: a cache.
+            cache: keys and values of earlier tokens.
             inputs_embeds: (B, T, C).
             use_cache: return a cache.
             labels: (B, T), usually the input_ids: the loss asks token t for labels[:, t + 1], and for nothing where
@@ -384,6 +374,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 (B, n). The loss is over all labels whatever this says.
             shift_labels: (B, T), instead of labels, already shifted.
             num_items_in_batch: what the sum of losses is divided by, instead of the labels asked for.
+            past_key_values: the cache by its name before transformers 5.24, instead of `cache`.
             **kwargs: as LongNetModel's.
 
         Returns:
@@ -394,7 +385,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_of(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -424,9 +415,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -475,11 +466,17 @@ def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens
     return positions[None]
 
 
+def _one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
+
+
 def _refuse_packed(position_ids: Tensor) -> None:
     if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids restart within a row, which packs documents, but a cache cannot tell documents apart: leave "
-            "out past_key_values and use_cache, or give an attention_mask where the row is padded"
+            "out the cache and use_cache, or give an attention_mask where the row is padded"
         )
 
 

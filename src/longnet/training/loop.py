@@ -28,7 +28,7 @@ from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
 from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
-from longnet.model.modeling import checkpoint_layers
+from longnet.model.versions import checkpoint_layers
 from longnet.training.checkpoint import (
     Saving,
     describe_damage,
