@@ -17,7 +17,7 @@ from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_
 from longnet.attention import sequence_parallel
 from longnet.bench import distributed
 from longnet.measurement import peak_bytes
-from longnet.model.modeling import checkpoint_layers
+from longnet.model.versions import checkpoint_layers
 from longnet.training.config import ParallelConfig
 from longnet.training.loop import accumulate_gradients
 from longnet.training.parallel import Ranks, whole

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
-from longnet.model.versions import HAS_QUERY_OFFSET, TELLS_WHAT_TO_RECORD
+from longnet.model.versions import TELLS_WHAT_TO_RECORD
 
 _FORMAT = "longnet cache 1"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # windows that hide something are refused
@@ -112,14 +112,9 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         """Return the position of the next token, padding counted."""
         return self.start + self.columns
 
-    @property
-    def skipped(self) -> int:
-        """Columns of the mask whose keys the attention is not given, since the state holds what is needed of them."""
-        return self.columns if HAS_QUERY_OFFSET else self.get_seq_length()
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys that the attention is given, and the column of the first: the new ones alone."""
-        return query_length, self.skipped
+        return query_length, self.columns
 
     def get_max_length(self) -> int:
         """Return −1: any length fits."""
@@ -186,7 +181,7 @@ class DilatedCache(Cache):
 
         cache = DilatedCache(model.config)
         for chunk in ids.split(65_536, dim=1):
-            model(chunk, past_key_values=cache)  # from transformers 5.24 on: cache=cache
+            model(chunk, cache=cache)  # past_key_values=cache before transformers 5.24
 
     It carries no gradients. Batch rows may be padded on the left.
 
@@ -243,6 +238,11 @@ class DilatedCache(Cache):
         """Return the column of the next token in a padding mask: the tokens so far, wherever they started."""
         columns: int = self.layers[layer_idx].columns
         return columns
+
+    def activate_past_recording(self) -> None:
+        """Keep what is replaced until the next `crop`, in every layer; transformers has this from 5.14 on."""
+        for layer in self.layers:
+            layer.activate_past_recording()
 
     def to(self, device: torch.device | str) -> Self:
         """Move keys and values to a device, in place; return the cache."""

@@ -37,8 +37,7 @@ def _prepare_cache(
         cache = DilatedCache(config, max_tokens=length)
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION and not TELLS_WHAT_TO_RECORD
         if generation_config.is_assistant or is_assisted:
-            for layer in cache.layers:
-                layer.activate_past_recording()
+            cache.activate_past_recording()
         model_kwargs[CACHE] = cache
         return None
     return _prepare(self, generation_config, model_kwargs, generation_mode, batch_size, length)

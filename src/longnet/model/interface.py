@@ -235,7 +235,7 @@ def _refusal(
         elif visible.refusal is not None:
             return visible.refusal
         tokens = visible.tokens
-        if visible.skipped != (key.layer.skipped if isinstance(key, StreamedKeys) else 0):
+        if visible.skipped != (key.layer.columns if isinstance(key, StreamedKeys) else 0):
             return "the mask was made without the cache, or for another one: give both the same"
         if query.shape[2] != visible.q_tokens or key.shape[2] < tokens - visible.skipped:
             return (

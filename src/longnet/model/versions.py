@@ -17,16 +17,16 @@ from transformers.masking_utils import create_causal_mask
 # 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
-# Masks count columns from what a cache says of its queries from 5.14 on, before from its length.
-HAS_QUERY_OFFSET = hasattr(Cache, "get_query_offset")
-
 # From 5.14 on generate() tells a cache when it may have to go back, and by how much; before it told the length to keep.
 TELLS_WHAT_TO_RECORD = hasattr(Cache, "activate_past_recording")
 
 
 def query_offset(cache: Cache) -> Any:
-    """Return the column of the next token in a padding mask: an int, or a 0-D tensor from a static cache."""
-    return cache.get_query_offset(0) if HAS_QUERY_OFFSET else cache.get_seq_length()
+    """Return the column of the next token in a padding mask: an int, or a 0-D tensor from a static cache.
+
+    Caches say so themselves from 5.14 on; before it was their length.
+    """
+    return cache.get_query_offset(0) if hasattr(cache, "get_query_offset") else cache.get_seq_length()
 
 
 def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:

@@ -97,11 +97,12 @@ def visible_tokens(
             )
         like = torch.empty(batch_size, q_length, 0, device=device)
         return visible_slice(gather_slices(group, like, bounds_of_mask(attention_mask)), q_length, is_causal, refusal)
-    tokens = int(q_offset) + q_length
     # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
     is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
-    is_streamed = kv_offset == q_offset and kv_length == q_length  # what a DilatedCache says of its keys
+    # A DilatedCache gives the new keys alone, and their column; before transformers 5.14 q_offset is their position.
+    is_streamed = kv_length == q_length
     skipped = kv_offset if is_streamed else 0
+    tokens = (skipped if is_streamed else int(q_offset)) + q_length
     refusal = None
     if use_vmap:
         refusal = (
