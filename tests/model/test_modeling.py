@@ -189,6 +189,19 @@ def test_generate_is_the_greedy_argmax(implementation):
             ids = torch.cat([ids, token.view(1, 1)], 1)
 
 
+@torch.no_grad()
+def test_a_cache_is_taken_under_both_of_its_names():
+    made, ids = model(), tokens(1, 9)
+    expected = made(ids).logits[:, 6:]
+    for name in ("cache", "past_key_values"):
+        held = DynamicCache(config=made.config)
+        made(ids[:, :6], **{name: held})
+        torch.testing.assert_close(made(ids[:, 6:], **{name: held}).logits, expected)
+        assert held.get_seq_length() == 9
+    with pytest.raises(ValueError, match="two names of one argument"):
+        made(ids, cache=held, past_key_values=held)
+
+
 def test_a_cache_is_not_made_where_it_cannot_be_continued():
     made, packed = model(), inputs("packed")
     assert made(tokens(1, 5))[CACHE].get_seq_length() == 5
