@@ -7,6 +7,9 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 INSTALLED := .venv/.installed
 TORCH := 2.13.0
+# Versions that passed; a new release of a library cannot break an installation. `make test CONSTRAINTS=` takes the newest.
+CONSTRAINTS := constraints.txt
+INSTALL := $(BIN)/pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable
 # Without a GPU the CPU build of torch, which plain pip finds only where an index of such builds is set up; uv knows one.
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # One thread a worker: two test processes share the cores better than their threads would.
@@ -17,10 +20,10 @@ DEMO := runs/demo
 install: $(INSTALLED)
 
 $(INSTALLED): $(PACKAGE)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@
 
-$(PACKAGE): pyproject.toml
+$(PACKAGE): pyproject.toml $(CONSTRAINTS)
 	python3 -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "LongNet needs Python 3.11 or later")'
 	python3 -m venv .venv
 ifeq ($(HAS_GPU),)
@@ -29,7 +32,7 @@ ifeq ($(HAS_GPU),)
 else
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch
 endif
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL) .
 	touch $@
 
 fix: install

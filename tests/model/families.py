@@ -64,7 +64,7 @@ FAMILIES = {
     "ModernBERT": Family(
         ModernBertForMaskedLM,
         ModernBertConfig,
-        {**_SIZES, **_TOKENS, "layer_types": ["full_attention"] * 2, "cls_token_id": 1, "sep_token_id": 2},
+        {**_SIZES, **_TOKENS, "local_attention": 1024, "cls_token_id": 1, "sep_token_id": 2},
         is_causal=False,
     ),
     "ViT": Family(
