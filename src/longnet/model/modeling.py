@@ -32,7 +32,7 @@ from longnet.model.visibility import bounds_of_mask, visible_slice
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -101,7 +101,7 @@ class LongNetAttention(nn.Module):
             query, key = rotate(query, rotations[0]), rotate(key, rotations[1])
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, weights = attend(
             self,
             query,
