@@ -44,6 +44,8 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend densely in plain PyTorch and return the weights too: transformers' "eager" implementation.
 
+    Before 5.13 transformers looks for this name in the file, to see whether the attention of its models can be chosen.
+
     Args:
         module: the attention layer.
         query: (B, H, Tq, D).
