@@ -146,6 +146,8 @@ def test_several_branches_are_sdpa_with_a_multiplicity_mask(family):
     count = multiplicity(positions, torch.zeros_like(positions), BRANCHES, num_kv_heads=kv_heads, is_causal=is_causal)
     bias = count.double().log().float().repeat_interleave(heads // kv_heads, 1)
     expected = outputs(sdpa, {**inputs, "attention_mask": bias})
+    if family == "ViT" and torch.equal(expected, outputs(sdpa, inputs)):
+        pytest.skip("this version of transformers drops the masks of a ViT")
     torch.testing.assert_close(outputs(dilated(sdpa, BRANCHES), inputs), expected, **DROP_IN)
 
 
