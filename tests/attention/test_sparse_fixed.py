@@ -121,6 +121,7 @@ def test_memory_at_32k_is_linear():
     assert int(run.stdout) < 128 * 1024  # KiB; a boolean mask alone would take 1 GiB, q takes 2 MiB
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14's own opcheck
 def test_opcheck():
     q, k, v = tensors(1, 4, 2, 19, 19)
     torch.library.opcheck(torch.ops.longnet.sparse_fixed_attention, (q, k, v, None, 8, 8, 2, 0.3, "auto"))
