@@ -141,13 +141,14 @@ def tiles(settings: Settings, device: torch.device) -> Iterator[Row]:
     longest = max(settings.tile_rows)
     cases, flops = [], []
     for rows in settings.tile_rows:
-        heads = longest // rows  # and as many calls: a round of each case computes equally many full scores
+        repeats = longest // rows  # of heads and of calls: a round of each case computes equally many full scores
+        heads = repeats * torch.get_num_threads()  # whole ones a thread: two halves of a causal head are unequal work
         q, k, v, _ = (x.detach() for x in _tensors(rows, replace(settings, num_heads=heads), device))
         kernel = dispatch.choose("sdpa", device, q.dtype, settings.head_dim)
         for is_causal in (False, True):
-            cases.append(functools.partial(_attend_often, kernel, q, k, v, is_causal=is_causal, calls=heads))
+            cases.append(functools.partial(_attend_often, kernel, q, k, v, is_causal=is_causal, calls=repeats))
             pairs = rows * (rows + 1) // 2 if is_causal else rows**2
-            flops.append(4 * settings.head_dim * heads**2 * pairs)
+            flops.append(4 * settings.head_dim * heads * repeats * pairs)
     seconds = interleaved(cases, settings.repeats, device)
     costs = [[t / count for t in times] for times, count in zip(seconds, flops, strict=True)]
     best = settings.tile_rows.index(longest)
