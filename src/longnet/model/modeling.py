@@ -165,7 +165,7 @@ class LongNetPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call] 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LongNetDecoderLayer"]  # noqa: RUF012  # transformers' own form, here and below
-    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}  # noqa: RUF012
