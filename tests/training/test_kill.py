@@ -1,7 +1,6 @@
 """Killed at any instant and resumed, a run gives the bits of one that never was."""
 
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
@@ -66,12 +65,10 @@ def kill_often(context, recipe, run, kills, seed):
             while process.is_alive() and not (run / "lock").exists():
                 time.sleep(0.001)
             time.sleep(draw.uniform(0, 0.6))
-        if not process.is_alive():
-            process.join()
-            assert process.exitcode == 0
-            break  # it came to its end first
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
+        if process.exitcode == 0:
+            break  # it came to its end first
         assert process.exitcode == -signal.SIGKILL
         assert time.monotonic() - before < 60
         half_written += any(run.glob("checkpoints/*.partial"))
