@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -27,6 +29,7 @@ from transformers import (
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
 
+VERSION = Version(transformers.__version__)
 VOCAB = 101
 ONE_BRANCH = DilationPattern((512,), (1,))  # w ≥ T, r = 1: full attention
 BRANCHES = DilationPattern((4, 8, 32), (1, 2, 3))  # 3 divides neither 8 nor 32
@@ -83,8 +86,8 @@ CAUSAL = [name for name, family in FAMILIES.items() if family.is_causal]
 def build(name: str, attn_implementation: str = "sdpa", **settings) -> PreTrainedModel:
     """Build the family's model, the same weights at every call."""
     family = FAMILIES[name]
-    if not family.model._can_set_attn_implementation():
-        pytest.skip(f"this version of transformers does not let the attention of {name} be chosen")
+    if name == "ModernBERT" and Version("5.8") > VERSION:
+        pytest.skip(f"transformers {VERSION} does not let the attention of {name} be chosen")
     config = family.config(**{**family.settings, **settings})
     torch.manual_seed(3)
     config._attn_implementation = attn_implementation

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 
 from longnet.attention.reference import multiplicity
 from longnet.model.versions import CACHE
-from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
+from model.families import (
+    BRANCHES,
+    CAUSAL,
+    FAMILIES,
+    ONE_BRANCH,
+    TEXT,
+    VERSION,
+    build,
+    dilated,
+    positions_of,
+    tokens_of,
+)
 
 TOKENS = 37
 DROP_IN = {"atol": 1e-5, "rtol": 0}  # the claim: logits and gradients of sdpa to 1e-5
@@ -145,9 +157,9 @@ def test_several_branches_are_sdpa_with_a_multiplicity_mask(family):
     positions = torch.arange(TOKENS)[None]
     count = multiplicity(positions, torch.zeros_like(positions), BRANCHES, num_kv_heads=kv_heads, is_causal=is_causal)
     bias = count.double().log().float().repeat_interleave(heads // kv_heads, 1)
+    if family == "ViT" and Version("5.10") > VERSION:
+        pytest.skip(f"transformers {VERSION} drops the masks of a ViT")
     expected = outputs(sdpa, {**inputs, "attention_mask": bias})
-    if family == "ViT" and torch.equal(expected, outputs(sdpa, inputs)):
-        pytest.skip("this version of transformers drops the masks of a ViT")
     torch.testing.assert_close(outputs(dilated(sdpa, BRANCHES), inputs), expected, **DROP_IN)
 
 

@@ -124,8 +124,8 @@ def gate(model: LongNetForCausalLM, tokens: int) -> None:
     """
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
     cache, last = DilatedCache(model.config), 40
-    parts = [model(chunk, past_key_values=cache).logits for chunk in torch.split(ids[:, :-last], 1777, 1)]
-    parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(tokens - last, tokens)]
+    parts = [model(chunk, cache=cache).logits for chunk in torch.split(ids[:, :-last], 1777, 1)]
+    parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(tokens - last, tokens)]
     error = (torch.cat(parts, 1) - model(ids, use_cache=False).logits).abs().max().item()
     if not error <= (1e-3 if model.dtype == torch.float32 else 0.1):
         raise GateError(f"cached logits are off by {error:.1e} at {tokens} tokens; not timed")
@@ -138,7 +138,7 @@ def _decoder(model: LongNetForCausalLM, cache: DilatedCache, steps: int) -> Call
     def decode() -> None:
         where = [list(layer.state.next) for layer in cache.layers if layer.state is not None]
         for step in range(steps):
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], cache=cache)
         for layer, position in zip(cache.layers, where, strict=True):  # each round at the same place
             if layer.state is not None:
                 layer.state.next, layer.columns = position, 0
@@ -165,6 +165,6 @@ def _dense_decoder(model: LongNetForCausalLM, context: int, steps: int) -> tuple
         for layer in layers:
             layer.cumulative_length.fill_(context - steps)
         for step in range(steps):
-            dense(ids[:, step : step + 1], past_key_values=cache)
+            dense(ids[:, step : step + 1], cache=cache)
 
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers), decode
