@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention
 from longnet.model.positions import RotaryPositions
 from longnet.model.versions import CACHE, checkpoint_layers
+from longnet.model.visibility import visible_tokens
 
 SAME = 1e-5  # logits and gradients in float32, along two paths
 FLOAT64 = 1e-10
@@ -424,6 +425,25 @@ def test_documents_that_start_late_are_refused_with_xpos():
     torch.testing.assert_close(compiled(ids, position_ids=fits).logits, made(ids, position_ids=fits).logits)
     moved = made(ids[:, :8], position_ids=torch.arange(5, 13)[None]).logits  # within one block only differences count
     torch.testing.assert_close(moved, made(ids[:, :8]).logits, atol=FLOAT64, rtol=0)
+
+
+@pytest.mark.parametrize("is_made_ahead", [False, True])
+def test_positions_of_padding_mean_nothing(is_made_ahead):
+    """Many fill them with 1, transformers' generate() before 5.4 too; no document starts there."""
+    made, ids = model(), tokens(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    mask[1, 36:] = 0
+    positions = mask.cumsum(1) - 1
+    expected = made(ids, attention_mask=mask, position_ids=positions.clamp(min=0)).logits
+    given = mask
+    if is_made_ahead:  # as by generate() for a static cache
+        given = visible_tokens(batch_size=2, q_length=40, kv_length=40, attention_mask=mask)
+    filled = positions.masked_fill(mask == 0, 1)
+    got = made(ids, attention_mask=given, position_ids=filled, **{CACHE: DynamicCache(config=made.config)}).logits
+    assert torch.equal(got[mask == 1], expected[mask == 1])
+    with pytest.raises(ValueError, match="that start at"):
+        made(ids, attention_mask=given, position_ids=filled + mask, **{CACHE: DynamicCache(config=made.config)})
 
 
 def test_a_cache_that_is_given_comes_back():

@@ -27,7 +27,7 @@ from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
 from longnet.model.versions import CACHE, query_offset
-from longnet.model.visibility import bounds_of_mask, visible_slice
+from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
 
@@ -280,7 +280,7 @@ class LongNetModel(LongNetPreTrainedModel):
         if self.rotary is not None:
             is_cached = bool(use_cache) or cache is not None
             rotations = self._rotations(
-                self.rotary, position_ids, hidden_states, past_tokens, highest, is_cached=is_cached
+                self.rotary, position_ids, hidden_states, attention_mask, past_tokens, highest, is_cached=is_cached
             )
         # Packed documents are looked for only where there is no cache: an empty one is made after the mask.
         mask: Any = None
@@ -314,6 +314,7 @@ class LongNetModel(LongNetPreTrainedModel):
         rotary: RotaryPositions,
         position_ids: Tensor,
         hidden_states: Tensor,
+        attention_mask: Any,
         past_tokens: Any,
         highest: Any,
         *,
@@ -328,7 +329,9 @@ class LongNetModel(LongNetPreTrainedModel):
             rotary.refuse_beyond(int(position_ids.max() if highest is None else highest), dtype=dtype, period=period)
         is_new = (isinstance(past_tokens, int) or not torch.compiler.is_compiling()) and not past_tokens
         if rotary.xpos_scale_base is not None and period is not None and highest is None and is_new:
-            refuse_late_starts(position_ids, period, is_cached=is_cached)
+            real = real_tokens(attention_mask, *hidden_states.shape[:2])
+            real = None if real is None else real.to(position_ids.device)
+            refuse_late_starts(position_ids, period, real=real, is_cached=is_cached)
         rotations: tuple[Rotation, Rotation] = rotary(position_ids, dtype=dtype, period=period)
         return rotations
 

@@ -159,7 +159,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def refuse_late_starts(position_ids: Tensor, period: int, *, is_cached: bool) -> None:
+def refuse_late_starts(position_ids: Tensor, period: int, *, real: Tensor | None, is_cached: bool) -> None:
     """Raise where a document starts between the blocks that xPos scales count from.
 
     Segments count from a document's first token, so the blocks must, too. While compiling the device checks, since a
@@ -168,11 +168,14 @@ def refuse_late_starts(position_ids: Tensor, period: int, *, is_cached: bool) ->
     Args:
         position_ids: (B or 1, T) int64; a document starts where they neither rise by one nor, in padding, repeat.
         period: as in `RotaryPositions`.
+        real: (B, T) bool, false where the positions are of padding and mean nothing; None where all are of tokens.
         is_cached: later tokens follow, so that a document within the first block counts as well.
 
     Raises:
         ValueError: some start is no multiple of `period`; RuntimeError from a compiled graph.
     """
+    if real is not None:
+        position_ids = torch.where(real, position_ids, 0)
     steps = position_ids.diff(dim=-1)
     starts = nn.functional.pad((steps != 0) & (steps != 1), (1, 0), value=True)
     late = starts & (position_ids % period != 0) & (is_cached | (position_ids >= period).any())

@@ -143,6 +143,18 @@ def bounds_of_mask(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else padding_bounds(attention_mask.to(torch.bool))
 
 
+def real_tokens(mask: Tensor | Visible | None, rows: int, tokens: int) -> Tensor | None:
+    """Return which of the first tokens (rows, T) a mask calls real, as bool; None where it calls none padding."""
+    if isinstance(mask, Tensor):
+        return mask[:, :tokens].to(torch.bool) if mask.ndim == 2 else None
+    if mask is None or mask.bounds is None or not mask.is_padded:
+        return None
+    row, start, stop = mask.bounds.unbind(1)
+    column = torch.arange(tokens)
+    inside = (column >= start[:, None]) & (column < stop[:, None])
+    return torch.zeros(rows, tokens, dtype=torch.int32).index_add(0, row, inside.int()).bool()
+
+
 def visible_slice(slices: Slices, tokens: int, is_causal: bool, refusal: str | None = None) -> Visible:
     """Describe a pass over this rank's slice of a sequence, of so many tokens."""
     return Visible(tokens, tokens, None, is_causal, is_padded=False, refusal=refusal, slices=slices)
