@@ -6,6 +6,7 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -13,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import _active_collector
 
 from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
@@ -126,10 +126,7 @@ def _attend(
         visible = visible_slice(slices, query.shape[2], bool(is_causal))
     refusal = _refusal(name, module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
-        raise ValueError(
-            f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
-            'attn_implementation="sdpa" or "eager"'
-        )
+        raise ValueError(f"{name} attention in {type(module).__name__}: {refusal}; {_IN_FULL}")
     tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
     if visible is not None:
         tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal
@@ -160,6 +157,10 @@ _REFUSED = {
     "cache": "a paged cache cannot be honoured: use the dynamic or the static cache",
     "block_table": "a paged cache cannot be honoured: use the dynamic or the static cache",
 }
+
+
+_IN_FULL = 'or attend in full, with attn_implementation="sdpa" or "eager"'
+_NO_WEIGHTS = "output_attentions=True cannot be honoured: the weights are never formed"
 
 
 def _stream_refusal(name: str, visible: Visible | None, kwargs: dict[str, Any]) -> str | None:
@@ -207,8 +208,8 @@ def _refusal(
         refusal = _stream_refusal(name, visible, kwargs)
         if refusal is not None:
             return refusal
-    if kwargs.get("output_attentions") or _wants_weights():
-        return "output_attentions=True cannot be honoured: the weights are never formed"
+    if kwargs.get("output_attentions"):
+        return _NO_WEIGHTS
     if dropout:
         return (
             f"attention dropout of {dropout} cannot be honoured: load the model with attention_dropout=0.0 "
@@ -267,12 +268,6 @@ def _refusal(
 def _bounds_read(visible: Visible | None, cu_seqlens: Tensor) -> Tensor | None:
     documents = [] if visible is None else visible.documents
     return next((bounds for edges, bounds in documents if edges is cu_seqlens), None)
-
-
-def _wants_weights() -> bool:
-    # Some models (GPT-2) drop the keyword on the way and leave the request to hooks.
-    collected = _active_collector.get()  # type: ignore[no-untyped-call]
-    return collected is not None and any("attentions" in name for name in collected)
 
 
 def pattern_of(config: PreTrainedConfig) -> DilationPattern:
@@ -377,6 +372,22 @@ def _has_config(module: nn.Module) -> bool:
 def _config_of(module: nn.Module) -> PreTrainedConfig:
     return cast("PreTrainedConfig", module.config)
 
+
+_call: Callable[..., Any] = PreTrainedModel.__call__
+
+
+@functools.wraps(_call)
+def _call_without_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    is_asked = kwargs.get("output_attentions")
+    if is_asked is None:
+        is_asked = getattr(self.config, "output_attentions", False)
+    if is_asked and self.config._attn_implementation in ("dilated", "sparse_fixed"):
+        raise ValueError(f"{type(self).__name__}: {_NO_WEIGHTS}; {_IN_FULL}")
+    return _call(self, *args, **kwargs)
+
+
+# Many models keep the request from their layers (GPT-2 to this day), and would return None for weights.
+PreTrainedModel.__call__ = _call_without_weights  # type: ignore[method-assign]
 
 AttentionInterface.register("dilated", dilated_attention_forward)
 AttentionMaskInterface.register("dilated", visible_tokens)
