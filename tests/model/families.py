@@ -1,6 +1,7 @@
 """Tiny random models of the families that the compatibility table names."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
+from longnet.model.versions import CACHE
 
 VERSION = Version(transformers.__version__)
 VOCAB = 101
@@ -113,3 +115,11 @@ def tokens_of(*shape: int) -> torch.Tensor:
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
     """Positions as generate() derives them from a padding mask."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def mask_of(make, config, embeddings, attention_mask=None, *, cache=None, past=0, **keywords):
+    """Call a function of transformers that makes masks; its versions want to know different things of the past."""
+    of_past = {CACHE: cache, "cache_position": torch.arange(past, past + embeddings.shape[1])}
+    wanted = inspect.signature(make).parameters
+    keywords |= {name: value for name, value in of_past.items() if name in wanted}
+    return make(config, embeddings, attention_mask=attention_mask, **keywords)

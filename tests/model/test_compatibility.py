@@ -27,7 +27,18 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.pytorch_utils import Conv1D
 
 from longnet.model.versions import CACHE, checkpoint_layers
-from model.families import BRANCHES, CAUSAL, FAMILIES, ONE_BRANCH, TEXT, build, dilated, positions_of, tokens_of
+from model.families import (
+    BRANCHES,
+    CAUSAL,
+    FAMILIES,
+    ONE_BRANCH,
+    TEXT,
+    build,
+    dilated,
+    mask_of,
+    positions_of,
+    tokens_of,
+)
 
 TOKENS = 37
 
@@ -110,9 +121,10 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
         parts = [model(ids[:, :9], **start).logits]
         for t in range(9, TOKENS):
             here = positions[:, t : t + 1]
-            seen = create_masks_for_generate(
-                model.config, torch.empty(2, 1, 0), mask[:, : t + 1], past, position_ids=here
-            )
+            seen = mask_of(
+                create_masks_for_generate, model.config, torch.empty(2, 1, 0), mask[:, : t + 1],
+                cache=past, past=t, position_ids=here,
+            )  # fmt: skip
             step = {"attention_mask": seen, "position_ids": here, CACHE: past, "use_cache": True}
             parts.append(compiled(ids[:, t : t + 1], **step).logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], full[mask.bool()], atol=1e-5, rtol=1e-5)

@@ -59,6 +59,7 @@ def count_parameters(config: PreTrainedConfig) -> Parameters:
     """Count the weights of any causal model, which is built without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.tie_weights()  # transformers 5.0 does not, without memory
     heads = {id(weight): weight for part in (model.get_input_embeddings(), model.get_output_embeddings())
              if part is not None for weight in part.parameters()}  # fmt: skip
     return Parameters(

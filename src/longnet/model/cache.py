@@ -112,9 +112,13 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         """Return the position of the next token, padding counted."""
         return self.start + self.columns
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the keys that the attention is given, and the column of the first: the new ones alone."""
-        return query_length, self.columns
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return the keys that the attention is given, and the column of the first: the new ones alone.
+
+        Args:
+            query_length: the new tokens; before transformers 5.4, their columns (T,).
+        """
+        return query_length.shape[0] if isinstance(query_length, Tensor) else query_length, self.columns
 
     def get_max_length(self) -> int:
         """Return −1: any length fits."""

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any, Literal, Self, get_args, get_origin
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from longnet.attention.pattern import DilationPattern, HeadOffsets
 from longnet.model.positions import xpos_span
+from longnet.model.versions import FieldsConfig
 
 PositionEmbedding = Literal["xpos", "rope", "none"]
 
@@ -51,7 +52,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class LongNetConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
+class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
     """Configuration of a LongNet (arXiv:2307.02486 §4.1); the defaults are the paper's 125M model.
 
     A key that is no field is an error that names the nearest field, as is a value of the wrong type or range.

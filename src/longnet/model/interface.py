@@ -22,6 +22,7 @@ from longnet.attention.sequence_parallel import Slices, attend_slice, gather_sli
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
 from longnet.model.sequence_parallel import current_group, positions_fit
+from longnet.model.versions import as_mask_function
 from longnet.model.visibility import Visible, visible_slice, visible_tokens, window_refusal
 
 
@@ -390,6 +391,6 @@ def _call_without_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> A
 PreTrainedModel.__call__ = _call_without_weights  # type: ignore[method-assign]
 
 AttentionInterface.register("dilated", dilated_attention_forward)
-AttentionMaskInterface.register("dilated", visible_tokens)
+AttentionMaskInterface.register("dilated", as_mask_function(visible_tokens))
 AttentionInterface.register("sparse_fixed", sparse_fixed_attention_forward)
-AttentionMaskInterface.register("sparse_fixed", visible_tokens)
+AttentionMaskInterface.register("sparse_fixed", as_mask_function(visible_tokens))

@@ -18,7 +18,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from longnet.attention.sequence_parallel import gather_slices
 from longnet.model import interface  # noqa: F401  # registers "dilated" with transformers
@@ -26,7 +25,7 @@ from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
-from longnet.model.versions import CACHE, query_offset
+from longnet.model.versions import CACHE, capture_outputs, new_columns, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
@@ -43,8 +42,6 @@ def eager_attention_forward(
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend densely in plain PyTorch and return the weights too: transformers' "eager" implementation.
-
-    Before 5.13 transformers looks for this name in the file, to see whether the attention of its models can be chosen.
 
     Args:
         module: the attention layer.
@@ -92,6 +89,7 @@ class LongNetAttention(nn.Module):
         attention_mask: Any,
         rotations: tuple[Rotation, Rotation] | None,
         cache: Cache | None,
+        columns: dict[str, Tensor],
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return out (B, T, C) and, from implementations that have them, the attention weights."""
@@ -102,8 +100,9 @@ class LongNetAttention(nn.Module):
         if rotations is not None:
             query, key = rotate(query, rotations[0]), rotate(key, rotations[1])
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            key, value = cache.update(key, value, self.layer_idx, columns)
+        name = self.config._attn_implementation
+        attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         out, weights = attend(
             self,
             query,
@@ -170,6 +169,10 @@ class LongNetPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call] 
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers reads the file to find out, and each version looks for other words
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
@@ -211,7 +214,7 @@ class LongNetModel(LongNetPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
-    @capture_outputs  # type: ignore[untyped-decorator]
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -266,6 +269,7 @@ class LongNetModel(LongNetPreTrainedModel):
         past_tokens = past_columns = 0
         if cache is not None:
             past_tokens, past_columns = cache.get_seq_length(), query_offset(cache)
+        columns = new_columns(hidden_states, past_columns, kwargs)
         rotations = None
         highest = None
         slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))
@@ -288,11 +292,12 @@ class LongNetModel(LongNetPreTrainedModel):
             mask = visible_slice(slices, hidden_states.shape[1], is_causal=True)
         else:
             mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
+                self.config,
+                hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 **{CACHE: cache},
+                **columns,
             )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -304,6 +309,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 rotations=rotations,
                 position_ids=position_ids,
                 cache=cache,
+                columns=columns,
                 **kwargs,
             )
         kept: dict[str, Any] = {CACHE: cache if use_cache else None}

@@ -6,16 +6,42 @@ that what no supported version needs can go.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+
+if hasattr(PreTrainedConfig, "__post_init__"):
+    FieldsConfig = PreTrainedConfig
+else:  # before 5.4
+
+    class FieldsConfig(PreTrainedConfig):  # type: ignore[no-redef,no-untyped-call]
+        """A configuration whose fields are its annotations, and are checked in __post_init__, as a dataclass's."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            for name in type(self).__annotations__:
+                setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
+            common = {"transformers_version", *inspect.signature(PreTrainedConfig.__init__).parameters}
+            self.__dict__["common"] = {name: kwargs.pop(name) for name in common & kwargs.keys()}
+            self.__post_init__(**kwargs)
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            super().__init__(**self.__dict__.pop("common"), **kwargs)
+
 
 # What models, masks and generate() call a cache that they take, and the field in which models return it: "cache" from
 # 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+# Before 5.4 models, masks and caches are told the columns of the new tokens, in a tensor.
+TAKES_COLUMNS = "cache_position" in inspect.signature(sdpa_mask).parameters
 
 # From 5.14 on generate() tells a cache when it may have to go back, and by how much; before it told the length to keep.
 TELLS_WHAT_TO_RECORD = hasattr(Cache, "activate_past_recording")
@@ -39,3 +65,60 @@ def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) ->
     has_new_name = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
+
+
+def capture_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a model's forward output_hidden_states and output_attentions.
+
+    Before 5.2 check_model_inputs did that, and put the configuration's use_cache where none was given; this undoes it.
+    """
+    if find_spec("transformers.utils.output_capturing") is not None:
+        from transformers.utils import output_capturing  # noqa: PLC0415
+
+        return output_capturing.capture_outputs(forward)  # type: ignore[no-any-return,no-untyped-call]
+    from transformers.utils.generic import check_model_inputs  # noqa: PLC0415
+
+    @check_model_inputs  # type: ignore[untyped-decorator]
+    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("use_cache")
+        return forward(self, *args, **kwargs.pop("given"), **kwargs)
+
+    @functools.wraps(forward)
+    def capturing(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        given = {"use_cache": kwargs.pop("use_cache")} if "use_cache" in kwargs else {}
+        return checked(self, *args, use_cache=False, given=given, **kwargs)
+
+    return capturing
+
+
+def new_columns(hidden_states: Tensor, past_columns: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what masks and caches before 5.4 are told of the new tokens, as a keyword; since then nothing.
+
+    Args:
+        hidden_states: (B, T, C) of the new tokens.
+        past_columns: tokens before, padding counted.
+        kwargs: of the model; generate() gives it the columns, which are taken out.
+    """
+    columns = kwargs.pop("cache_position", None)
+    if not TAKES_COLUMNS:
+        return {}
+    if columns is None:
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_columns
+    return {"cache_position": columns}
+
+
+def as_mask_function(describe: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a mask function that is written for 5.4 and later as one for this version."""
+    if not TAKES_COLUMNS:
+        return describe
+
+    @functools.wraps(describe)
+    def describe_columns(*, cache_position: Tensor, kv_length: int, kv_offset: int = 0, **kwargs: Any) -> Any:
+        q_length, device = cache_position.shape[0], cache_position.device
+        # After a prefill in chunks generate() of 5.0 to 5.2 counts one column too many, more than the cache has.
+        q_offset = cache_position[0].clamp(max=kv_offset + kv_length - q_length)
+        return describe(
+            q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device, **kwargs
+        )
+
+    return describe_columns
