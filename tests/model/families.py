@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
-from longnet.model.versions import CACHE
+from longnet.model.versions import CACHE, TAKES_COLUMNS
 
 VERSION = Version(transformers.__version__)
 VOCAB = 101
@@ -117,9 +117,14 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def columns_of(past: int, tokens: int) -> dict:
+    """What generate() tells models and masks of the new tokens: before transformers 5.4 their columns."""
+    return {"cache_position": torch.arange(past, past + tokens)} if TAKES_COLUMNS else {}
+
+
 def mask_of(make, config, embeddings, attention_mask=None, *, cache=None, past=0, **keywords):
     """Call a function of transformers that makes masks; its versions want to know different things of the past."""
-    of_past = {CACHE: cache, "cache_position": torch.arange(past, past + embeddings.shape[1])}
+    of_past = {CACHE: cache, **columns_of(past, embeddings.shape[1])}
     wanted = inspect.signature(make).parameters
     keywords |= {name: value for name, value in of_past.items() if name in wanted}
     return make(config, embeddings, attention_mask=attention_mask, **keywords)

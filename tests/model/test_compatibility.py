@@ -34,6 +34,7 @@ from model.families import (
     ONE_BRANCH,
     TEXT,
     build,
+    columns_of,
     dilated,
     mask_of,
     positions_of,
@@ -125,7 +126,7 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
                 create_masks_for_generate, model.config, torch.empty(2, 1, 0), mask[:, : t + 1],
                 cache=past, past=t, position_ids=here,
             )  # fmt: skip
-            step = {"attention_mask": seen, "position_ids": here, CACHE: past, "use_cache": True}
+            step = {"attention_mask": seen, "position_ids": here, CACHE: past, "use_cache": True, **columns_of(t, 1)}
             parts.append(compiled(ids[:, t : t + 1], **step).logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], full[mask.bool()], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2
