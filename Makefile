@@ -1,6 +1,6 @@
 # make demo   installs into .venv, learns Python's standard library for five minutes, shows what context is worth
 # make test   installs and tests; make check lints, types and layers; make fix formats
-.PHONY: install fix check test test-deep test-gpu bench demo
+.PHONY: install fix check test test-oldest test-deep test-gpu bench demo
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -47,6 +47,17 @@ check: install
 
 test: install
 	$(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu"
+
+# The oldest transformers that pyproject.toml allows, with what it needs, before the newest on the path.
+OLDEST := .venv/.transformers-$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
+
+$(OLDEST): $(INSTALLED)
+	rm -rf $@.partial
+	$(BIN)/pip install --quiet --target $@.partial $(@:.venv/.transformers-%=transformers==%)
+	mv $@.partial $@
+
+test-oldest: $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu" tests/model tests/evaluation
 
 test-deep: install
 	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu" --hypothesis-profile deep --timeout 36000

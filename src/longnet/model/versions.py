@@ -26,7 +26,8 @@ else:  # before 5.4
         """A configuration whose fields are its annotations, and are checked in __post_init__, as a dataclass's."""
 
         def __init__(self, **kwargs: Any) -> None:
-            for name in type(self).__annotations__:
+            kinds = type(self).__mro__
+            for name in {name for kind in kinds[: kinds.index(FieldsConfig)] for name in inspect.get_annotations(kind)}:
                 setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
             common = {"transformers_version", *inspect.signature(PreTrainedConfig.__init__).parameters}
             self.__dict__["common"] = {name: kwargs.pop(name) for name in common & kwargs.keys()}
