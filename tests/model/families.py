@@ -117,6 +117,14 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def skip_broken_prefill(cache: str) -> None:
+    """Skip a test of generate() with a prefill in chunks where transformers gets that wrong, with any attention."""
+    if Version("5.3") > VERSION >= Version("5.2"):
+        pytest.skip(f"transformers {VERSION} gives the chunks of a prefill the positions of the last")
+    if cache == "static" and Version("5.3") > VERSION:
+        pytest.skip(f"transformers {VERSION} writes beyond a static cache after a prefill in chunks")
+
+
 def columns_of(past: int, tokens: int) -> dict:
     """What generate() tells models and masks of the new tokens: before transformers 5.4 their columns."""
     return {"cache_position": torch.arange(past, past + tokens)} if TAKES_COLUMNS else {}

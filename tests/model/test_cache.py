@@ -15,7 +15,7 @@ from longnet import DilatedCache, DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import use_sparse_fixed_attention
 from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
-from model.families import BRANCHES, CAUSAL, build, dilated, positions_of, tokens_of
+from model.families import BRANCHES, CAUSAL, build, dilated, positions_of, skip_broken_prefill, tokens_of
 
 SAME = 1e-5  # logits in float32, along two paths
 
@@ -54,6 +54,8 @@ WAYS = {
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generate_is_that_with_the_ordinary_cache(family, way):
     """70 tokens: past every boundary of segments of 4, 8 and 32."""
+    if way == "chunked prefill":
+        skip_broken_prefill("dynamic")
     model, ids = model_of(family), tokens_of(1 if way == "prompt lookup" else 2, 13)
     mask = torch.ones_like(ids)
     if way != "prompt lookup":
