@@ -57,7 +57,8 @@ $(OLDEST): $(INSTALLED)
 	mv $@.partial $@
 
 test-oldest: $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu" tests/model tests/evaluation
+	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu" \
+	  $(addprefix tests/,model evaluation training comparison bench cli)
 
 test-deep: install
 	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu" --hypothesis-profile deep --timeout 36000

@@ -168,6 +168,9 @@ def test_loading_replaces_fields_and_the_attention(tmp_path):
     }
     assert AutoConfig.from_pretrained(tmp_path, **about_files).vocab_size == 320
     assert LongNetConfig(attn_implementation="eager")._attn_implementation == "eager"
+    written = {"attn_implementation": "sdpa"}  # as the trainer writes it into a checkpoint
+    assert LongNetConfig.from_dict(written)._attn_implementation == "sdpa"
+    assert LongNetConfig.from_dict(written, attn_implementation="eager")._attn_implementation == "eager"
 
 
 def test_a_pattern_without_rate_1_warns():

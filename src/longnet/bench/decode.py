@@ -18,6 +18,7 @@ from longnet.attention.pattern import DilationPattern
 from longnet.bench.attention import GateError
 from longnet.measurement import interleaved, ratio
 from longnet.model import DilatedCache, LongNetConfig, LongNetForCausalLM
+from longnet.model.versions import rewind
 
 Row = dict[str, Any]
 
@@ -162,8 +163,7 @@ def _dense_decoder(model: LongNetForCausalLM, context: int, steps: int) -> tuple
 
     @torch.inference_mode()
     def decode() -> None:
-        for layer in layers:
-            layer.cumulative_length.fill_(context - steps)
+        rewind(cache, context - steps)
         for step in range(steps):
             dense(ids[:, step : step + 1], cache=cache)
 

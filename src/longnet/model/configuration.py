@@ -163,6 +163,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         """
         # transformers would set these after the checks, and drop the unknown ones.
         replaced = {name: kwargs.pop(name) for name in _own_fields() & kwargs.keys()}
+        if kwargs.get("attn_implementation") is None:  # before 5.4 it would forget what the dictionary says
+            kwargs["attn_implementation"] = config_dict.get("attn_implementation")
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
         if return_unused_kwargs:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 if hasattr(PreTrainedConfig, "__post_init__"):
@@ -54,6 +54,16 @@ def query_offset(cache: Cache) -> Any:
     Caches say so themselves from 5.14 on; before it was their length.
     """
     return cache.get_query_offset(0) if hasattr(cache, "get_query_offset") else cache.get_seq_length()
+
+
+def rewind(cache: StaticCache, tokens: int) -> None:
+    """Make a full static cache one of its first tokens alone, in place; before 5.4 its rows of zeros were no tokens."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length.fill_(tokens)
+        else:
+            layer.keys[:, :, tokens:] = 0
 
 
 def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
