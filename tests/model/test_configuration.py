@@ -165,6 +165,7 @@ def test_loading_replaces_fields_and_the_attention(tmp_path):
         "gguf_file": None,
         "subfolder": "",
         "device_map": None,
+        "dtype": "float16",
     }
     assert AutoConfig.from_pretrained(tmp_path, **about_files).vocab_size == 320
     assert LongNetConfig(attn_implementation="eager")._attn_implementation == "eager"

@@ -154,8 +154,9 @@ def test_sparse_fixed_refuses_encoders():
 def test_attention_weights_are_refused(family):
     model = dilated(build(family), ONE_BRANCH)
     inputs = {"input_ids": tokens_of(1, 9)} if FAMILIES[family].is_text else {"pixel_values": torch.zeros(1, 3, 24, 24)}
-    with pytest.raises(ValueError, match="output_attentions=True cannot be honoured"):
-        model(**inputs, output_attentions=True)
+    for call in (model, model.forward):
+        with pytest.raises(ValueError, match="output_attentions=True cannot be honoured"):
+            call(**inputs, output_attentions=True)
     model(**inputs, output_hidden_states=True)
 
 

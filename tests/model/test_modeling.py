@@ -414,6 +414,9 @@ def test_documents_that_start_late_are_refused_with_xpos():
         made(ids, position_ids=late)
     with pytest.raises(ValueError, match=r"that start at \[5\]"):
         made(ids[:, :8], position_ids=torch.arange(5, 13)[None], **{CACHE: DynamicCache(config=made.config)})
+    repeated = torch.cat([torch.arange(3), torch.arange(2, 139)])[None]
+    with pytest.raises(ValueError, match=r"that start at \[2\]"):
+        made(ids, position_ids=repeated)
     edges = torch.tensor([0, 11, 140], dtype=torch.int32)
     with pytest.raises(ValueError, match="position_ids that restart"):
         made(ids, cu_seq_lens_q=edges, cu_seq_lens_k=edges)
@@ -442,8 +445,19 @@ def test_positions_of_padding_mean_nothing(is_made_ahead):
     filled = positions.masked_fill(mask == 0, 1)
     got = made(ids, attention_mask=given, position_ids=filled, **{CACHE: DynamicCache(config=made.config)}).logits
     assert torch.equal(got[mask == 1], expected[mask == 1])
-    with pytest.raises(ValueError, match="that start at"):
-        made(ids, attention_mask=given, position_ids=filled + mask, **{CACHE: DynamicCache(config=made.config)})
+    for fill in (0, 1, 5):  # what looks as if the text went on from the padding
+        late = (positions + 1).masked_fill(mask == 0, fill)[:1]
+        with pytest.raises(ValueError, match=r"that start at \[1\]"):
+            made(ids[:1], attention_mask=mask[:1], position_ids=late, **{CACHE: DynamicCache(config=made.config)})
+
+
+def test_a_mask_that_is_too_short_ends_in_padding():
+    made, ids = model(), tokens(1, 40)
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[:, 30:] = 0
+    given = {"position_ids": torch.arange(40)[None], "use_cache": False}
+    expected = made(ids, attention_mask=mask, **given).logits
+    torch.testing.assert_close(made(ids, attention_mask=mask[:, :30], **given).logits, expected, atol=FLOAT64, rtol=0)
 
 
 def test_a_cache_that_is_given_comes_back():

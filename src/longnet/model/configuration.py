@@ -36,7 +36,7 @@ _OF_TRANSFORMERS = {
 
 # Keywords about files and devices, which callers hand to whatever loads.
 _OF_LOADING = {
-    "adapter_kwargs", "code_revision", "device_map", "gguf_file", "low_cpu_mem_usage", "max_memory", "mirror",
+    "adapter_kwargs", "code_revision", "device_map", "dtype", "gguf_file", "low_cpu_mem_usage", "max_memory", "mirror",
     "offload_folder", "state_dict", "tp_plan", "use_auth_token", "use_safetensors", "variant", "weights_only",
 }  # fmt: skip
 

@@ -6,7 +6,6 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -22,7 +21,7 @@ from longnet.attention.sequence_parallel import Slices, attend_slice, gather_sli
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
 from longnet.model.sequence_parallel import current_group, positions_fit
-from longnet.model.versions import as_mask_function
+from longnet.model.versions import as_mask_function, is_asked_for_weights
 from longnet.model.visibility import Visible, visible_slice, visible_tokens, window_refusal
 
 
@@ -127,7 +126,10 @@ def _attend(
         visible = visible_slice(slices, query.shape[2], bool(is_causal))
     refusal = _refusal(name, module, query, key, value, visible, dropout, kwargs)
     if refusal is not None:
-        raise ValueError(f"{name} attention in {type(module).__name__}: {refusal}; {_IN_FULL}")
+        raise ValueError(
+            f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
+            'attn_implementation="sdpa" or "eager"'
+        )
     tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
     if visible is not None:
         tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal
@@ -158,10 +160,6 @@ _REFUSED = {
     "cache": "a paged cache cannot be honoured: use the dynamic or the static cache",
     "block_table": "a paged cache cannot be honoured: use the dynamic or the static cache",
 }
-
-
-_IN_FULL = 'or attend in full, with attn_implementation="sdpa" or "eager"'
-_NO_WEIGHTS = "output_attentions=True cannot be honoured: the weights are never formed"
 
 
 def _stream_refusal(name: str, visible: Visible | None, kwargs: dict[str, Any]) -> str | None:
@@ -209,8 +207,8 @@ def _refusal(
         refusal = _stream_refusal(name, visible, kwargs)
         if refusal is not None:
             return refusal
-    if kwargs.get("output_attentions"):
-        return _NO_WEIGHTS
+    if kwargs.get("output_attentions") or is_asked_for_weights():
+        return "output_attentions=True cannot be honoured: the weights are never formed"
     if dropout:
         return (
             f"attention dropout of {dropout} cannot be honoured: load the model with attention_dropout=0.0 "
@@ -373,22 +371,6 @@ def _has_config(module: nn.Module) -> bool:
 def _config_of(module: nn.Module) -> PreTrainedConfig:
     return cast("PreTrainedConfig", module.config)
 
-
-_call: Callable[..., Any] = PreTrainedModel.__call__
-
-
-@functools.wraps(_call)
-def _call_without_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    is_asked = kwargs.get("output_attentions")
-    if is_asked is None:
-        is_asked = getattr(self.config, "output_attentions", False)
-    if is_asked and self.config._attn_implementation in ("dilated", "sparse_fixed"):
-        raise ValueError(f"{type(self).__name__}: {_NO_WEIGHTS}; {_IN_FULL}")
-    return _call(self, *args, **kwargs)
-
-
-# Many models keep the request from their layers (GPT-2 to this day), and would return None for weights.
-PreTrainedModel.__call__ = _call_without_weights  # type: ignore[method-assign]
 
 AttentionInterface.register("dilated", dilated_attention_forward)
 AttentionMaskInterface.register("dilated", as_mask_function(visible_tokens))

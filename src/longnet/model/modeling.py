@@ -25,7 +25,7 @@ from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
-from longnet.model.versions import CACHE, capture_outputs, new_columns, query_offset
+from longnet.model.versions import CACHE, capture_outputs, columns_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
@@ -269,7 +269,7 @@ class LongNetModel(LongNetPreTrainedModel):
         past_tokens = past_columns = 0
         if cache is not None:
             past_tokens, past_columns = cache.get_seq_length(), query_offset(cache)
-        columns = new_columns(hidden_states, past_columns, kwargs)
+        columns = columns_of(hidden_states, past_columns, kwargs.pop("cache_position", None))
         rotations = None
         highest = None
         slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))

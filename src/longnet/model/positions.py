@@ -166,7 +166,7 @@ def refuse_late_starts(position_ids: Tensor, period: int, *, real: Tensor | None
     graph cannot read numbers.
 
     Args:
-        position_ids: (B or 1, T) int64; a document starts where they neither rise by one nor, in padding, repeat.
+        position_ids: (B or 1, T) int64; a document starts where they do not rise by one, and after padding.
         period: as in `RotaryPositions`.
         real: (B, T) bool, false where the positions are of padding and mean nothing; None where all are of tokens.
         is_cached: later tokens follow, so that a document within the first block counts as well.
@@ -174,10 +174,10 @@ def refuse_late_starts(position_ids: Tensor, period: int, *, real: Tensor | None
     Raises:
         ValueError: some start is no multiple of `period`; RuntimeError from a compiled graph.
     """
+    starts = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0), value=True)
     if real is not None:
         position_ids = torch.where(real, position_ids, 0)
-    steps = position_ids.diff(dim=-1)
-    starts = nn.functional.pad((steps != 0) & (steps != 1), (1, 0), value=True)
+        starts = real & (starts | nn.functional.pad(~real[:, :-1], (1, 0), value=True))
     late = starts & (position_ids % period != 0) & (is_cached | (position_ids >= period).any())
     message = (
         f"xPos scales count from multiples of {period}, where all segments start, so the position_ids of a document "

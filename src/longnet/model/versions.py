@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_causal_mask, sdpa_mask
+
+output_capturing: Any
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # before 5.2
+    output_capturing = None
 
 if hasattr(PreTrainedConfig, "__post_init__"):
     FieldsConfig = PreTrainedConfig
@@ -28,8 +35,8 @@ else:  # before 5.4
         def __init__(self, **kwargs: Any) -> None:
             kinds = type(self).__mro__
             for name in {name for kind in kinds[: kinds.index(FieldsConfig)] for name in inspect.get_annotations(kind)}:
-                setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
-            common = {"transformers_version", *inspect.signature(PreTrainedConfig.__init__).parameters}
+                setattr(self, name, kwargs.pop(name) if name in kwargs else getattr(type(self), name))
+            common = {"transformers_version", *inspect.signature(PreTrainedConfig).parameters} - {"kwargs"}
             self.__dict__["common"] = {name: kwargs.pop(name) for name in common & kwargs.keys()}
             self.__post_init__(**kwargs)
 
@@ -79,43 +86,60 @@ def checkpoint_layers(model: PreTrainedModel, *, use_reentrant: bool = False) ->
 
 
 def capture_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a model's forward output_hidden_states and output_attentions.
-
-    Before 5.2 check_model_inputs did that, and put the configuration's use_cache where none was given; this undoes it.
-    """
-    if find_spec("transformers.utils.output_capturing") is not None:
-        from transformers.utils import output_capturing  # noqa: PLC0415
-
-        return output_capturing.capture_outputs(forward)  # type: ignore[no-any-return,no-untyped-call]
+    """Give a model's forward output_hidden_states and output_attentions."""
+    if output_capturing is not None:
+        return output_capturing.capture_outputs(forward)  # type: ignore[no-any-return]
     from transformers.utils.generic import check_model_inputs  # noqa: PLC0415
 
+    # It also puts the configuration's use_cache in the place of one that is None or missing, so it is shown another.
     @check_model_inputs  # type: ignore[untyped-decorator]
-    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("use_cache")
-        return forward(self, *args, **kwargs.pop("given"), **kwargs)
+    def checked(self: PreTrainedModel, *args: Any, use_cache_given: dict[str, Any], **kwargs: Any) -> Any:
+        del kwargs["use_cache"]
+        return forward(self, *args, **use_cache_given, **kwargs)
 
     @functools.wraps(forward)
     def capturing(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = {"use_cache": kwargs.pop("use_cache")} if "use_cache" in kwargs else {}
-        return checked(self, *args, use_cache=False, given=given, **kwargs)
+        return checked(self, *args, use_cache=False, use_cache_given=given, **kwargs)
 
     return capturing
 
 
-def new_columns(hidden_states: Tensor, past_columns: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return what masks and caches before 5.4 are told of the new tokens, as a keyword; since then nothing.
+def is_asked_for_weights() -> bool:
+    """Say whether the model that runs was asked for attention weights and has not told its attention.
+
+    Models leave the request to hooks. Before 5.4 many kept it where it came in: it is read there, in the frames of
+    transformers' functions, which torch.compile does not show.
+    """
+    if output_capturing is not None:
+        collected = output_capturing._active_collector.get()
+        if collected is not None and any("attentions" in name for name in collected):
+            return True
+    if not TAKES_COLUMNS or torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers."):
+            given = frame.f_locals
+            if given.get("output_attentions") or (given.get("kwargs") or {}).get("output_attentions"):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def columns_of(hidden_states: Tensor, past_columns: Any, given: Tensor | None) -> dict[str, Tensor]:
+    """Return, as a keyword, what masks and caches before 5.4 are told of the new tokens; since then nothing.
 
     Args:
         hidden_states: (B, T, C) of the new tokens.
         past_columns: tokens before, padding counted.
-        kwargs: of the model; generate() gives it the columns, which are taken out.
+        given: (T,) columns that generate() gave the model, or None.
     """
-    columns = kwargs.pop("cache_position", None)
     if not TAKES_COLUMNS:
         return {}
-    if columns is None:
-        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_columns
-    return {"cache_position": columns}
+    if given is None:
+        given = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_columns
+    return {"cache_position": given}
 
 
 def as_mask_function(describe: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,8 +150,8 @@ def as_mask_function(describe: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(describe)
     def describe_columns(*, cache_position: Tensor, kv_length: int, kv_offset: int = 0, **kwargs: Any) -> Any:
         q_length, device = cache_position.shape[0], cache_position.device
-        # After a prefill in chunks generate() of 5.0 to 5.2 counts one column too many, more than the cache has.
-        q_offset = cache_position[0].clamp(max=kv_offset + kv_length - q_length)
+        # After a prefill in chunks generate() of 5.0 to 5.2 counts one column too many, which a growing cache has not.
+        q_offset = cache_position[0].clamp(max=max(0, kv_offset + kv_length - q_length))
         return describe(
             q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device, **kwargs
         )

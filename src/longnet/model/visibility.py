@@ -144,9 +144,12 @@ def bounds_of_mask(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def real_tokens(mask: Tensor | Visible | None, rows: int, tokens: int) -> Tensor | None:
-    """Return which of the first tokens (rows, T) a mask calls real, as bool; None where it calls none padding."""
+    """Return which of the first tokens a padding mask calls real, (rows, T) bool; None where it is no padding mask.
+
+    A mask (B, fewer) calls the last ones padding, as `visible_tokens` does.
+    """
     if isinstance(mask, Tensor):
-        return mask[:, :tokens].to(torch.bool) if mask.ndim == 2 else None
+        return nn.functional.pad(mask.to(torch.bool), (0, tokens - mask.shape[1])) if mask.ndim == 2 else None
     if mask is None or mask.bounds is None or not mask.is_padded:
         return None
     row, start, stop = mask.bounds.unbind(1)
