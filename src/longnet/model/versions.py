@@ -120,8 +120,8 @@ def is_asked_for_weights() -> bool:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("transformers."):
-            given = frame.f_locals
-            if given.get("output_attentions") or (given.get("kwargs") or {}).get("output_attentions"):
+            given, kwargs = frame.f_locals, frame.f_locals.get("kwargs")
+            if given.get("output_attentions") or (isinstance(kwargs, dict) and kwargs.get("output_attentions")):
                 return True
         frame = frame.f_back
     return False
