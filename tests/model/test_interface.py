@@ -331,7 +331,7 @@ def test_documents_are_read_from_positions():
     assert visible.bounds.tolist() == [[0, 0, 3], [0, 3, 5], [0, 5, 9], [1, 0, 9]]
 
 
-@pytest.mark.skipif(Version("5.3") > VERSION, reason="its decoders do not look at is_causal of the configuration")
+@pytest.mark.skipif(Version("5.3") > VERSION, reason="transformers < 5.3 has causal decoders only")
 @pytest.mark.parametrize("by", ["config", "keyword"])
 def test_a_decoder_made_bidirectional(by):
     sdpa = build("Llama")
