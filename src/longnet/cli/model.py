@@ -1,7 +1,9 @@
-"""Models that commands load: a run's newest checkpoint, or any Hugging Face folder."""
+"""Models that commands load, whole and causal: a run's newest checkpoint, or any Hugging Face folder."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,22 +28,28 @@ class Loaded(NamedTuple):
     training_length: int | None
 
 
-def load_model(path: Path, device: torch.device, attention: str | None = None) -> Loaded:
-    """Load a model.
+def load_model(
+    path: Path, device: torch.device, attention: str | None = None, dtype: torch.dtype | None = None
+) -> Loaded:
+    """Load a model, every weight of it, and see that no token of it sees a later one.
 
     Args:
-        path: of a run, of a checkpoint, or of a Hugging Face model.
+        path: of a run, of a checkpoint, or of a Hugging Face model. Names with `_orig_mod.` in them, as
+            torch.compile leaves them, are understood.
         device: where it goes.
         attention: to use instead of its own.
+        dtype: of its weights; that of the file when None.
 
     Raises:
-        ValueError: a folder whose model cannot be loaded, or an attention that the model does not have.
+        ValueError: a folder whose model cannot be loaded: weights that are missing, left over, of another shape, cut
+            off or not finite; an attention that the model does not have; a model that sees later tokens.
         OSError: there is no model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     import longnet.model  # noqa: F401  # makes LongNet and its attentions known to transformers
+    from longnet.evaluation.scoring import refuse_sight_of_later_tokens
     from longnet.training.checkpoint import model_folder
 
     if not path.is_dir():
@@ -49,15 +57,70 @@ def load_model(path: Path, device: torch.device, attention: str | None = None) -
             f"there is no folder {path}: give a run of `longnet train`, or a Hugging Face model folder"
         )
     folder = model_folder(path)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if dtype is not None:
+        keywords["dtype"] = dtype
+    result: Any
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **keywords)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        with _quiet():
+            result = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                key_mapping={r"_orig_mod\.": ""}, **keywords,
+            )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({_first_line(error)}): copy them anew") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    model, found = result
+    _refuse_partial(folder, model, found)
     model.to(device).eval()
+    refuse_sight_of_later_tokens(model)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else path
     return Loaded(model, folder, run, training_length(folder))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers draws a bar and prints a table of what did not fit, which `_refuse_partial` says in a line.
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _refuse_partial(folder: Path, model: PreTrainedModel, found: dict[str, Collection[Any]]) -> None:
+    """Raise ValueError unless each weight came from the file, each of the file went somewhere, and all are finite."""
+    missing, extra = set(found["missing_keys"]), set(found["unexpected_keys"])
+    shapes = {
+        name: f"{name} {list(ours)} in place of {list(theirs)}" for name, ours, theirs in found["mismatched_keys"]
+    }
+    faults = [
+        *_named("missing", missing - shapes.keys()),
+        *_named("of no use to this model", extra - shapes.keys()),
+        *_named("of another shape", shapes.values()),
+    ]
+    if faults:
+        raise ValueError(
+            f"the weights in {folder} are not those of its config.json, a {type(model).__name__}: {'; '.join(faults)}: "
+            "give both from one training, and save a part of a model as a part of it"
+        )
+    weights = model.state_dict().items()
+    broken = [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"weights in {folder} are NaN or infinite, {'; '.join(_named('in all', broken))}: take an earlier "
+            "checkpoint, from before the training went astray"
+        )
+
+
+def _named(what: str, names: Collection[str]) -> list[str]:
+    shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+    return [f"{len(names):,} {what} ({shown})"] if names else []
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -70,7 +133,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
 
 

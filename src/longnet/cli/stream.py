@@ -59,21 +59,17 @@ def stream(
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from transformers import AutoModelForCausalLM
 
-    import longnet.model  # makes "dilated" known to transformers
+    from longnet.cli.model import load_model
     from longnet.evaluation import stream as reading
     from longnet.measurement import find_device, provenance
+    from longnet.model.interface import pattern_of
     from longnet.plots import draw_by_position
-    from longnet.training.checkpoint import model_folder
 
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
     place = find_device(device, option="--device")
-    folder = model_folder(model)
-    output.mkdir(parents=True, exist_ok=True)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dilated", dtype=getattr(torch, dtype))
-    loaded.to(place)  # type: ignore[arg-type]  # in eval mode, as everything that is loaded
+    loaded, folder, *_ = load_model(model, place, "dilated", getattr(torch, dtype))
     source = reading.open_source(files, tokenizer, folder, loaded.config.vocab_size)
     total = source.tokens if tokens is None else tokens if source.tokens is None else min(tokens, source.tokens)
     gc.freeze()  # what is imported stays: without, each collection walks all of it, on one core
@@ -94,7 +90,7 @@ def stream(
     if not sums.tokens:
         console.print(f"nothing left to read: {output / 'stream.json'} is of the whole")
         return
-    pattern = longnet.model.interface.pattern_of(loaded.config)
+    pattern = pattern_of(loaded.config)
     about = {
         **provenance(place),
         "model": {

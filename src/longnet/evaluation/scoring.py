@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 _CHUNK_LOGITS = 2**24  # logits held at a time: 64 MiB in float32
 _TRIED = 64
+_SEEN = 8
 
 
 class Scorer:
@@ -55,6 +58,35 @@ class Scorer:
     def _base(self, input_ids: Tensor) -> Tensor:
         hidden_states: Tensor = self._model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden_states
+
+
+def refuse_sight_of_later_tokens(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose prediction depends on the token to predict, or on later ones: an encoder.
+
+    The derivative of earlier logits by the last token's embedding is 0 in a causal model, exactly, whatever its dtype.
+    """
+    later: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        later.append(embedded.detach().requires_grad_())
+        return later[-1]
+
+    embedding: nn.Module = model.get_input_embeddings()
+    ids = torch.arange(_SEEN, device=model.device)[None] % model.config.vocab_size
+    handle = embedding.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if not later:
+        raise ValueError(f"{type(model).__name__} does not call its own input embeddings: it cannot be scored")
+    (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), later[:1], allow_unused=True)
+    if gradient is not None and gradient[:, -1].any():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: its tokens see later ones, so that it knows what it "
+            "is to predict, and a perplexity of it means nothing; give a model that was trained to write on"
+        )
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

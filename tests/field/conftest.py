@@ -1,0 +1,1 @@
+from commands import call, recipe, run_folder, words  # noqa: F401
