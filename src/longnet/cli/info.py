@@ -215,7 +215,7 @@ def _of_data(path: Path) -> list[tuple[str, str]]:
 
 
 def _draw(config: PreTrainedConfig | None, tokens: int, output: Path) -> None:
-    from longnet.model.interface import pattern_of
+    from longnet.model.patterns import pattern_of
     from longnet.plots import draw_pattern
 
     if config is None:

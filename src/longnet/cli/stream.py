@@ -63,7 +63,7 @@ def stream(
     from longnet.cli.model import load_model
     from longnet.evaluation import stream as reading
     from longnet.measurement import find_device, provenance
-    from longnet.model.interface import pattern_of
+    from longnet.model.patterns import pattern_of
     from longnet.plots import draw_by_position
 
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))

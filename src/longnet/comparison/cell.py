@@ -22,7 +22,7 @@ from longnet.measurement import find_device, peak_bytes, provenance
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.budget import count_parameters, step_flops
 from longnet.model.cost import attention_flops
-from longnet.model.interface import pattern_of, sparse_pattern_of
+from longnet.model.patterns import pattern_of, sparse_pattern_of
 from longnet.training.config import Recipe
 from longnet.training.loop import train
 

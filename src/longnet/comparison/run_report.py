@@ -16,7 +16,7 @@ from longnet.evaluation.record import Evaluation
 from longnet.model import LongNetConfig
 from longnet.model.budget import count_parameters, step_flops
 from longnet.model.cost import attention_flops
-from longnet.model.interface import pattern_of
+from longnet.model.patterns import pattern_of
 from longnet.plots import Curve, draw_curves, draw_pattern, name_length
 
 _DRAWN_TOKENS = 2**17

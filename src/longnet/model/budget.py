@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import attention_flops
-from longnet.model.interface import pattern_of
+from longnet.model.patterns import pattern_of
 
 
 class Parameters(NamedTuple):

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
+from longnet.model.patterns import pattern_of
 from longnet.model.versions import TELLS_WHAT_TO_RECORD
 
 _FORMAT = "longnet cache 1"
@@ -213,8 +214,6 @@ class DilatedCache(Cache):
         *,
         max_tokens: int | None = None,
     ) -> None:
-        from longnet.model.interface import pattern_of  # noqa: PLC0415  # which imports this module
-
         config = config.get_text_config(decoder=True)
         reason = refusal(config)
         if reason is not None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
 from longnet.model.configuration import LongNetConfig
-from longnet.model.interface import sparse_pattern_of
+from longnet.model.patterns import sparse_pattern_of
 
 
 def attention_flops(config: LongNetConfig, *, tokens: int) -> int:

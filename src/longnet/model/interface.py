@@ -17,12 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.registration import cast_under_autocast
-from longnet.attention.sequence_parallel import Slices, attend_slice, gather_slices
+from longnet.attention.sequence_parallel import attend_slice, gather_slices
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
-from longnet.model.sequence_parallel import current_group, positions_fit
-from longnet.model.versions import as_mask_function, is_asked_for_weights
-from longnet.model.visibility import Visible, visible_slice, visible_tokens, window_refusal
+from longnet.model.demands import Call, bounds_read, refusal
+from longnet.model.patterns import is_of, pattern_of, sparse_pattern_of
+from longnet.model.sequence_parallel import current_group
+from longnet.model.versions import as_mask_function
+from longnet.model.visibility import Visible, visible_slice, visible_tokens
 
 
 def dilated_attention_forward(
@@ -54,10 +56,10 @@ def dilated_attention_forward(
     Raises:
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
-    config = _config_of(module)
+    config = cast("PreTrainedConfig", module.config)
     if isinstance(key, StreamedKeys):
         pattern = key.layer.pattern  # made once; a step is short
-        if not _is_of(pattern, config):
+        if not is_of(pattern, config):
             raise ValueError(f"this DilatedCache is for the pattern {pattern}, the model's is {pattern_of(config)}")
     else:
         pattern = pattern_of(config)
@@ -73,7 +75,7 @@ def dilated_attention_forward(
             return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale)[0]
         return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
 
-    return _attend("dilated", attend, module, query, key, value, attention_mask, dropout, kwargs)
+    return _attend(Call("dilated", module, query, key, value, attention_mask, dropout, kwargs), attend)
 
 
 def sparse_fixed_attention_forward(
@@ -91,222 +93,37 @@ def sparse_fixed_attention_forward(
     Args, returns and errors are those of `dilated_attention_forward`, except that the config holds sparse_block,
     sparse_summary and, optionally, sparse_stride, and that a model that is not causal is refused.
     """
-    pattern = sparse_pattern_of(_config_of(module))
+    pattern = sparse_pattern_of(cast("PreTrainedConfig", module.config))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
-        if not is_causal:
-            raise ValueError(
-                'sparse_fixed attention is causal, and this model is not: use attn_implementation="dilated"'
-            )
         return sparse_fixed_attention(q, k, v, pattern, bounds=bounds, scale=scaling)
 
-    return _attend("sparse_fixed", attend, module, query, key, value, attention_mask, dropout, kwargs)
+    return _attend(Call("sparse_fixed", module, query, key, value, attention_mask, dropout, kwargs), attend)
 
 
-def _attend(
-    name: str,
-    attend: Callable[..., Tensor],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Visible | Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
-    if isinstance(visible, Tensor):
+def _attend(call: Call, attend: Callable[..., Tensor]) -> tuple[Tensor, None]:
+    if call.mask is None and (group := current_group()) is not None:
+        slices = gather_slices(group, call.query.transpose(1, 2), None)
+        call = replace(call, mask=visible_slice(slices, call.query.shape[2], call.is_causal))
+    reason = refusal(call)
+    if reason is not None:
         raise ValueError(
-            f"{name} attention got a mask of shape {tuple(visible.shape)}, which it cannot honour: pass a 2-D padding "
-            'mask (batch, tokens), or cu_seq_lens for packed documents, or attn_implementation="sdpa"'
-        )
-    if visible is None and (group := current_group()) is not None:
-        slices = gather_slices(group, query.transpose(1, 2), None)
-        is_causal = kwargs.get("is_causal")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        visible = visible_slice(slices, query.shape[2], bool(is_causal))
-    refusal = _refusal(name, module, query, key, value, visible, dropout, kwargs)
-    if refusal is not None:
-        raise ValueError(
-            f"{name} attention in {type(module).__name__}: {refusal}; or attend in full, with "
+            f"{call.name} attention in {type(call.module).__name__}: {reason}; or attend in full, with "
             'attn_implementation="sdpa" or "eager"'
         )
-    tokens, bounds, is_causal = key.shape[2], None, kwargs.get("is_causal")
-    if visible is not None:
-        tokens, bounds, is_causal = visible.tokens, visible.bounds, visible.is_causal
-    elif is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    visible, tokens = call.visible, call.tokens
+    bounds = None if visible is None else visible.bounds
+    cu_seqlens = call.kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        bounds = _bounds_read(visible, cu_seqlens)
+        bounds = bounds_read(visible, cu_seqlens)
         if bounds is None:
             whole = tokens if visible is None or visible.slices is None else int(visible.slices.edges[-1])
             bounds = document_bounds(cu_seqlens, whole)
             if visible is not None and not torch.compiler.is_compiling():
                 visible.documents.append((cu_seqlens, bounds))
-    out = attend(query, key[:, :, :tokens], value[:, :, :tokens], bounds=bounds, is_causal=bool(is_causal))
+    key, value = call.key[:, :, :tokens], call.value[:, :, :tokens]
+    out = attend(call.query, key, value, bounds=bounds, is_causal=call.is_causal)
     return out.transpose(1, 2), None
-
-
-# Keywords of models and caches that change the result, and what to do about each.
-_REFUSED = {
-    "softcap": "soft-capped logits cannot be honoured (attn_logit_softcapping=None in the config switches them off)",
-    "s_aux": "attention sinks (s_aux) cannot be honoured",
-    "position_bias": "an additive position bias cannot be honoured: choose a model with rotary or absolute positions",
-    "indices": "sparse indices of the model's own cannot be honoured",
-    "block_indices": "sparse indices of the model's own cannot be honoured",
-    "topk_indices": "sparse indices of the model's own cannot be honoured",
-    "sinks": "attention sinks cannot be honoured",
-    "head_mask": "a head_mask cannot be honoured: zero the head's columns of the output projection instead",
-    "cache": "a paged cache cannot be honoured: use the dynamic or the static cache",
-    "block_table": "a paged cache cannot be honoured: use the dynamic or the static cache",
-}
-
-
-def _stream_refusal(name: str, visible: Visible | None, kwargs: dict[str, Any]) -> str | None:
-    if name != "dilated":
-        return f"a DilatedCache cannot serve {name} attention: use the dynamic or the static cache"
-    if kwargs.get("cu_seq_lens_q") is not None:
-        return "packed documents cannot be continued from a cache: pass use_cache=False"
-    is_causal = visible.is_causal if visible is not None else kwargs.get("is_causal", True)
-    return None if is_causal else "a DilatedCache serves causal attention alone"
-
-
-def _slice_refusal(name: str, visible: Visible, slices: Slices, kwargs: dict[str, Any]) -> str | None:
-    if name != "dilated":
-        return f"{name} attention cannot be computed across ranks: leave longnet.sequence_parallel"
-    is_packed = kwargs.get("cu_seq_lens_q") is not None
-    if visible.refusal is not None and not is_packed:
-        return visible.refusal
-    positions = kwargs.get("position_ids")
-    if positions is None or is_packed or visible.documents:
-        return None
-    visible.documents.append((positions, slices.bounds))  # once a pass
-    if not positions_fit(positions, slices):
-        return (
-            "position_ids of some rank do not start where its slice of the sequence does: give the model to "
-            "longnet.sequence_parallel(mesh, model), or position_ids of the whole sequence"
-        )
-    return None
-
-
-def _refusal(
-    name: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Visible | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> str | None:
-    """Say what of a call cannot be honoured and what to do, or None."""
-    for keyword, reason in _REFUSED.items():
-        if kwargs.get(keyword) is not None:
-            return reason
-    if isinstance(key, StreamedKeys):
-        refusal = _stream_refusal(name, visible, kwargs)
-        if refusal is not None:
-            return refusal
-    if kwargs.get("output_attentions") or is_asked_for_weights():
-        return "output_attentions=True cannot be honoured: the weights are never formed"
-    if dropout:
-        return (
-            f"attention dropout of {dropout} cannot be honoured: load the model with attention_dropout=0.0 "
-            "(attn_pdrop in GPT-2, attention_probs_dropout_prob in BERT)"
-        )
-    if getattr(_config_of(module), "is_encoder_decoder", False):
-        return "an encoder-decoder model attends across two sequences, which share no segments: it cannot be dilated"
-    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
-        return "cross-attention cannot be dilated: queries and keys share no segments"
-    if not query.shape[3] == key.shape[3] == value.shape[3]:
-        return (
-            f"head dims that differ (q {query.shape[3]}, k {key.shape[3]}, v {value.shape[3]}) cannot be honoured: "
-            "pad the values to those of the keys"
-        )
-    tokens = key.shape[2]
-    if visible is None:
-        if query.shape[2] != tokens:
-            return f"{query.shape[2]} queries against {tokens} keys without a mask: their positions are unknown"
-    else:
-        if visible.slices is not None:
-            refusal = _slice_refusal(name, visible, visible.slices, kwargs)
-            if refusal is not None:
-                return refusal
-        elif visible.refusal is not None:
-            return visible.refusal
-        tokens = visible.tokens
-        if visible.skipped != (key.layer.columns if isinstance(key, StreamedKeys) else 0):
-            return "the mask was made without the cache, or for another one: give both the same"
-        if query.shape[2] != visible.q_tokens or key.shape[2] < tokens - visible.skipped:
-            return (
-                f"the mask tells of {visible.q_tokens} queries and {tokens} keys, the layer has {query.shape[2]} and "
-                f"{key.shape[2]}"
-            )
-    window = kwargs.get("sliding_window")
-    if window is not None and window < tokens:
-        return window_refusal(window, tokens)
-    is_causal = kwargs.get("is_causal")
-    if visible is not None and is_causal is not None and bool(is_causal) != visible.is_causal:
-        return f"is_causal={is_causal} contradicts the mask: set is_causal in the config instead"
-    if kwargs.get("cu_seq_lens_q") is not None:
-        if query.shape[0] != 1 or query.shape[2] != tokens:
-            return (
-                "cu_seq_lens packs documents into one row without a cache, got a batch of "
-                f"{query.shape[0]}, {query.shape[2]} queries and {tokens} keys: pass use_cache=False"
-            )
-        if visible is not None and visible.is_padded:
-            return "an attention_mask beside cu_seq_lens is ambiguous: packed documents need no mask"
-        q_edges, k_edges = kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")
-        if k_edges is None or not (
-            torch.compiler.is_compiling() or _bounds_read(visible, q_edges) is not None or torch.equal(q_edges, k_edges)
-        ):
-            return "cu_seq_lens_q needs cu_seq_lens_k, equal to it"
-    return None
-
-
-def _bounds_read(visible: Visible | None, cu_seqlens: Tensor) -> Tensor | None:
-    documents = [] if visible is None else visible.documents
-    return next((bounds for edges, bounds in documents if edges is cu_seqlens), None)
-
-
-def pattern_of(config: PreTrainedConfig) -> DilationPattern:
-    """Read the pattern that a config holds in segment_lengths, dilation_rates and, if not "mod", head_offsets.
-
-    Raises:
-        ValueError: the config holds none, or one that `DilationPattern` refuses.
-    """
-    lengths, rates = getattr(config, "segment_lengths", None), getattr(config, "dilation_rates", None)
-    if lengths is None or rates is None:
-        raise ValueError(
-            f'attn_implementation="dilated" needs a pattern, and {type(config).__name__} holds none: call '
-            "longnet.use_dilated_attention(model, pattern) on the loaded model, or set segment_lengths and "
-            "dilation_rates in the config"
-        )
-    return DilationPattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
-
-
-def _is_of(pattern: DilationPattern, config: PreTrainedConfig) -> bool:
-    return (
-        pattern.segment_lengths == tuple(config.segment_lengths)
-        and pattern.dilation_rates == tuple(config.dilation_rates)
-        and pattern.head_offsets == (getattr(config, "head_offsets", None) or "mod")
-    )
-
-
-def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
-    """Read the pattern that a config holds in sparse_block, sparse_summary and, if not the block, sparse_stride.
-
-    Raises:
-        ValueError: the config holds none, or one that `SparseFixedPattern` refuses.
-    """
-    block, summary = getattr(config, "sparse_block", None), getattr(config, "sparse_summary", None)
-    if block is None or summary is None:
-        raise ValueError(
-            f'attn_implementation="sparse_fixed" needs a pattern, and {type(config).__name__} holds none: call '
-            "longnet.model.use_sparse_fixed_attention(model, pattern) on the loaded model, or set sparse_block and "
-            "sparse_summary in the config"
-        )
-    return SparseFixedPattern(block, summary, getattr(config, "sparse_stride", None))
 
 
 def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
@@ -366,10 +183,6 @@ def _use(model: nn.Module, name: str, **fields: Any) -> None:
 
 def _has_config(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), PreTrainedConfig)
-
-
-def _config_of(module: nn.Module) -> PreTrainedConfig:
-    return cast("PreTrainedConfig", module.config)
 
 
 AttentionInterface.register("dilated", dilated_attention_forward)

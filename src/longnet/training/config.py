@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longnet.evaluation.perplexity import EvaluateConfig
 from longnet.model.configuration import LongNetConfig
-from longnet.model.interface import sparse_pattern_of
+from longnet.model.patterns import sparse_pattern_of
 from longnet.training.checkpoint import CheckpointConfig
 from longnet.training.optim import OptimConfig
 
