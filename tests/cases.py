@@ -32,6 +32,7 @@ class Case:
     pattern: DilationPattern
     is_causal: bool
     masks: dict[str, Tensor] = field(default_factory=dict)
+    sinks: Tensor | None = None
 
     def dout(self) -> Tensor:
         """Return the gradient that the output receives, rounded to what float16 and bfloat16 both hold."""
@@ -52,43 +53,55 @@ class Case:
         # With the identity for values the oracle's output is its probabilities.
         identity = torch.eye(k.shape[2], dtype=torch.float64).expand(*self.k.shape[:3], -1)
         p, _ = reference.attend(
-            self.q, self.k, identity, self.pattern, bounds=bounds, is_causal=self.is_causal, scale=scale
-        )
+            self.q, self.k, identity, self.pattern, bounds=bounds, is_causal=self.is_causal, scale=scale,
+            sinks=self.sinks,
+        )  # fmt: skip
         dp = self.dout().abs() @ v.abs().mT
         ds = scale * p * (dp + (p * dp).sum(-1, keepdim=True))
         terms = {"out": p @ v.abs(), "lse": torch.tensor(logit), "dq": ds @ k.abs()}
+        if self.sinks is not None:
+            terms["dsinks"] = (p * dp).sum((-1, 2, 0) if self.sinks.ndim == 1 else -1)
         for name, term in (("dk", ds.mT @ self.q.abs()), ("dv", p.mT @ self.dout().abs())):
             terms[name] = term.unflatten(1, (-1, group)).sum(2)
         return logit, terms
 
     def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-        """Return out, lse and the gradients of a fixed random projection of out, computed on `device`."""
+        """Return out, lse and all gradients of a fixed random projection of out, computed on `device`."""
         # .to keeps the strides; expanded inputs stay expanded.
         q, k, v = (x.to(device=device, dtype=dtype).detach().requires_grad_() for x in (self.q, self.k, self.v))
         masks = {name: mask.to(device) for name, mask in self.masks.items()}
+        inputs = {"dq": q, "dk": k, "dv": v}
+        sinks = None
+        if self.sinks is not None:
+            inputs["dsinks"] = sinks = self.sinks.to(device=device, dtype=dtype).detach().requires_grad_()
         out, lse = dilated_attention(
-            q, k, v, self.pattern, is_causal=self.is_causal, return_lse=True, backend=backend, **masks
+            q, k, v, self.pattern, is_causal=self.is_causal, return_lse=True, backend=backend, sinks=sinks, **masks
         )
-        grads = torch.autograd.grad(out, (q, k, v), self.dout().to(device=device, dtype=dtype))
+        grads = torch.autograd.grad(out, tuple(inputs.values()), self.dout().to(device=device, dtype=dtype))
         results = (x.cpu() for x in (out.detach(), lse, *grads))
-        return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))
+        return dict(zip(("out", "lse", *inputs), results, strict=True))
 
 
 @st.composite
 def patterns(draw: Any, max_length: int = 24, max_rate: int = 7) -> DilationPattern:
-    """Any pattern: rates that do not divide, rates above the length, branches without a rate of 1."""
+    """Any pattern: rates that do not divide, rates above the length, no rate of 1, all queries, shifted offsets."""
     branch = st.tuples(st.integers(1, max_length), st.integers(1, max_rate))
     branches = draw(st.lists(branch, min_size=1, max_size=4, unique=True))
     if draw(st.booleans()) and not any(rate == 1 for _, rate in branches):
         branches.append((draw(st.integers(1, max_length)), 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DilationPattern(*zip(*branches, strict=True), draw(st.sampled_from(["mod", "block"])))
+        return DilationPattern(
+            *zip(*branches, strict=True),
+            head_offsets=draw(st.sampled_from(["mod", "block"])),
+            queries=draw(st.sampled_from(["kept", "all"])),
+            offset_shift=draw(st.sampled_from([0, 0, 1, 5])),
+        )
 
 
 @st.composite
 def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int = 70) -> Case:
-    """Any call: ragged lengths, grouped heads, strange strides, padding, packing, cached queries, large logits."""
+    """Any call: ragged lengths, grouped heads, strides, padding, packing, cached queries, large logits, sinks."""
     tokens = draw(st.integers(1, max_tokens))
     queries = tokens if draw(st.booleans()) else draw(st.integers(1, tokens))
     kv_heads, group = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2, 3]))
@@ -123,6 +136,7 @@ def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int
     elif mask == "packing":
         edges = draw(st.lists(st.integers(0, tokens), max_size=5))
         masks["cu_seqlens"] = torch.tensor(sorted([0, *edges, tokens]), dtype=torch.int32)
+    sinks = draw(st.sampled_from([None, None, (kv_heads * group,), (batch, kv_heads * group, queries)]))
     return Case(
         q=tensor(kv_heads * group, queries),
         k=tensor(kv_heads, tokens),
@@ -130,4 +144,5 @@ def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int
         pattern=draw(patterns()),
         is_causal=draw(st.booleans()),
         masks=masks,
+        sinks=None if sinks is None else 2 * torch.randn(sinks, generator=generator, dtype=torch.float64),
     )

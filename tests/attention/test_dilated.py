@@ -264,3 +264,47 @@ def test_two_masks_are_refused():
         dilated_attention(Q[:1], Q[:1], Q[:1], PATTERN, **mask)
     with pytest.raises(TypeError, match="must be a DilationPattern, got str"):
         dilated_attention(Q, Q, Q, "2048:1")
+
+
+@pytest.mark.parametrize("queries", ["kept", "all"])
+@pytest.mark.parametrize("head_offsets", ["mod", "block"])
+@pytest.mark.parametrize("shards", [(2, 2, 2, 2), (1, 3, 4), (5, 3)])
+def test_heads_on_several_ranks_are_those_of_one(shards, head_offsets, queries):
+    """Eight heads in shards, against rates that a shard has too few heads for: offsets are those of the whole."""
+    pattern = DilationPattern((16, 32, 64), (1, 3, 5), head_offsets, queries)
+    q, k, v = torch.randn(1, 16, 150, 8), torch.randn(1, 8, 150, 8), torch.randn(1, 8, 150, 8)
+    whole = dilated_attention(q, k, v, pattern, is_causal=True)
+    for first, size in zip(itertools.accumulate(shards, initial=0), shards, strict=False):
+        heads, query_heads = slice(first, first + size), slice(2 * first, 2 * (first + size))
+        part = dilated_attention(q[:, query_heads], k[:, heads], v[:, heads], pattern.shard(first, 8), is_causal=True)
+        torch.testing.assert_close(part, whole[:, query_heads], atol=SAME_FLOAT32, rtol=SAME_FLOAT32)
+    with pytest.raises(ValueError, match="shard of 8 key/value heads from 6 on, got 3"):
+        dilated_attention(q[:, :6], k[:, :3], v[:, :3], pattern.shard(6, 8))
+
+
+def test_all_queries_at_rate_one_are_the_kept_ones_bit_for_bit():
+    q, k, v = (torch.randn(1, 4, 150, 8, requires_grad=True) for _ in "qkv")
+    results = []
+    for queries in ("kept", "all"):
+        out = dilated_attention(q, k, v, DilationPattern((16, 64), (1, 1), queries=queries), is_causal=True)
+        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(4, dtype=torch.int64), torch.zeros(2, 4, 9)])
+def test_sinks_of_another_shape_are_refused(sinks):
+    q, k, v = torch.randn(3, 2, 4, 10, 8)
+    with pytest.raises(ValueError, match=r"sinks must be \(query heads,\) = \(4,\) or .* = \(2, 4, 10\)"):
+        dilated_attention(q, k, v, PATTERN, sinks=sinks)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    q, k, v = torch.randn(3, 2, 4, 40, 8)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :7] = False
+    sinks = torch.full((4,), -torch.inf, requires_grad=True)
+    out, lse = dilated_attention(q, k, v, PATTERN, padding_mask=mask, sinks=sinks, return_lse=True)
+    plain, plain_lse = dilated_attention(q, k, v, PATTERN, padding_mask=mask, return_lse=True)
+    assert_same(out, plain)
+    assert_same(lse, plain_lse)
+    assert (torch.autograd.grad(out.sum(), sinks)[0] == 0).all()

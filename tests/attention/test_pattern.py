@@ -39,9 +39,9 @@ def test_coverage_counts_positions_that_some_head_keeps(pattern, tokens, heads):
 @given(patterns(), st.integers(1, 60))
 def test_state_rows_are_the_most_that_a_current_segment_can_hold(pattern, tokens):
     rows = 0
-    for (w, r), (branch, *_) in zip(pattern.branches, kept(pattern, tokens, 1), strict=True):
-        rows += max(len({p for p in branch if p // w == now // w and p <= now}) for now in range(tokens))
-        assert r >= 1
+    for branch, (w, r) in enumerate(pattern.branches):
+        by_head = kept(pattern, tokens, r)[branch]  # r heads, so that one has each offset
+        rows += max(len({p for p in head if p // w == now // w <= now}) for head in by_head for now in range(tokens))
     assert pattern.state_rows(tokens=tokens) == rows
 
 
@@ -50,7 +50,8 @@ def hops_by_search(pattern, tokens):
     p = torch.arange(tokens)
     joined = torch.eye(tokens, dtype=torch.bool)
     for w, r in pattern.branches:
-        joined |= (p[:, None] // w == p // w) & ((p[:, None] % w) % r == (p % w) % r)
+        meet = ((p[:, None] % w) % r == (p % w) % r) | (pattern.queries == "all")
+        joined |= (p[:, None] // w == p // w) & meet
     hops, reached = 0, torch.eye(tokens, dtype=torch.bool)
     while not reached.all():
         further = (reached.float() @ joined.float()) > 0
@@ -88,6 +89,19 @@ def test_hops_that_cannot_be_had_say_so():
         DilationPattern((2048, 3000), (1, 7)).hops(tokens=10**6)
 
 
+@given(patterns(), st.integers(1, 9), st.integers(0, 9), st.integers(0, 9), st.integers(1, 12))
+def test_grids_hold_each_head_once_with_its_offset(pattern, heads, before, after, rate):
+    pattern = pattern.shard(before, before + heads + after)
+    offsets = {}
+    for grid in pattern.offset_grids(rate, heads):
+        for i, j in itertools.product(range(grid.offsets), range(grid.heads)):
+            head = grid.head + i * grid.offset_step + j * grid.head_step
+            assert head not in offsets
+            offsets[head] = grid.offset + i
+    assert offsets == {head: pattern.offset(rate, head, heads) for head in range(heads)}
+    assert all(0 <= offset < rate for offset in offsets.values())
+
+
 @given(patterns())
 def test_text_and_repr_read_back(pattern):
     with warnings.catch_warnings():
@@ -104,15 +118,15 @@ def test_known_patterns():
     assert len(billion.branches) == 20
     assert billion.branches[-1] == (2**30, 2**19)
     assert billion.state_rows(tokens=10**9) == 19 * 2048 + math.ceil(10**9 / 2**19)
-    assert repr(DilationPattern((4,), (1,))) == (
-        "DilationPattern(segment_lengths=(4,), dilation_rates=(1,), head_offsets='mod')"
-    )
+    assert repr(DilationPattern((4,), (1,))) == ("DilationPattern(segment_lengths=(4,), dilation_rates=(1,))")
     assert DilationPattern([4, 8], [1, 2]) == DilationPattern((4, 8), (1, 2))
 
 
 def test_block_offsets_are_torchscales():
     pattern = DilationPattern((8, 8), (1, 3), "block")
     assert [pattern.offset(3, head, 8) for head in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [pattern.shifted(2).offset(3, head, 8) for head in range(8)] == [2, 2, 2, 0, 0, 0, 1, 1]
+    assert [pattern.shard(2, 8).offset(3, head, 3) for head in range(3)] == [0, 1, 1]
     assert [DilationPattern.paper().offset(12, head, 16) for head in (0, 11, 12, 15)] == [0, 11, 0, 3]
 
 
@@ -128,6 +142,10 @@ def test_block_offsets_are_torchscales():
         ((4, 1), TypeError, "must be a tuple of ints, got 4"),
         (((4, 4), (1, 1)), ValueError, "given twice"),
         (((4,), (1,), "modulo"), ValueError, "head_offsets must be one of"),
+        (((4,), (1,), "mod", "some"), ValueError, "queries must be one of"),
+        (((4,), (1,), "mod", "all", -1), ValueError, "offset_shift must be at least 0, got -1"),
+        (((4,), (1,), "mod", "all", 1.0), TypeError, "offset_shift must be an int, got 1.0"),
+        (((4,), (1,), "mod", "all", 0, (4, 4)), ValueError, "head_shard must be"),
     ],
 )
 def test_wrong_patterns_are_refused(arguments, error, message):
@@ -135,9 +153,9 @@ def test_wrong_patterns_are_refused(arguments, error, message):
         DilationPattern(*arguments)
 
 
-@pytest.mark.parametrize("text", ["", "4", "4:1,", "4:1:2", "a:b", "4:1;sideways", "0:1"])
+@pytest.mark.parametrize("text", ["", "4", "4:1,", "4:1:2", "a:b", "4:1;sideways", "4:1;shift=a", "0:1"])
 def test_wrong_text_is_refused(text):
-    with pytest.raises(ValueError, match=r"cannot read the pattern|head_offsets|at least 1"):
+    with pytest.raises(ValueError, match=r"cannot read|at least 1"):
         DilationPattern.parse(text)
 
 

@@ -27,15 +27,19 @@ def test_compile_fullgraph_with_a_dynamic_length_compiles_once():
         graphs.append(graph)
         return graph
 
+    pattern = DilationPattern((16, 32, 64), (1, 2, 4), queries="all", offset_shift=1)
+    sinks = torch.randn(4, requires_grad=True)
+
     def loss(q, k, v, mask):
-        return dilated_attention(q * 1.0, k, v, PATTERN, is_causal=True, padding_mask=mask).square().sum()
+        out = dilated_attention(q * 1.0, k, v, pattern, is_causal=True, padding_mask=mask, sinks=sinks)
+        return out.square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
     for tokens in (70, 33, 129):
         q, k, v = inputs(tokens)
         mask = torch.ones(2, tokens, dtype=torch.bool)
         mask[0, :5] = False
-        got, want = (torch.autograd.grad(f(q, k, v, mask), (q, k, v)) for f in (compiled, loss))
+        got, want = (torch.autograd.grad(f(q, k, v, mask), (q, k, v, sinks)) for f in (compiled, loss))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert len(graphs) == 1
 
@@ -57,13 +61,18 @@ def test_compile_with_inductor(masks):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14's own opcheck
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("bounds", [None, torch.tensor([[0, 3, 40], [1, 0, 70]])])
-def test_opcheck(is_causal, bounds):
-    settings = ([16, 32], [1, 2], "mod", is_causal, 0.3, "sdpa")
+@pytest.mark.parametrize("queries", ["kept", "all"])
+def test_opcheck(queries, is_causal, bounds):
+    settings = ([16, 32], [1, 2], "mod", queries, 1, [2, 6], is_causal, 0.3, "sdpa")
     q, k, v = inputs()
-    torch.library.opcheck(torch.ops.longnet.dilated_attention.default, (q, k, v, bounds, *settings))
+    sinks = torch.randn(4, requires_grad=True)
+    torch.library.opcheck(torch.ops.longnet.dilated_attention.default, (q, k, v, bounds, sinks, *settings))
+    settings = ([16, 32], [1, 2], "mod", queries, 0, [], is_causal, 0.3, "sdpa")
     expanded = torch.randn(2, 1, 70, 8).expand(2, 4, 70, 8)
     strided = torch.randn(2, 4, 8, 70).transpose(2, 3)
-    torch.library.opcheck(torch.ops.longnet.dilated_attention.default, (expanded, strided, strided, bounds, *settings))
+    torch.library.opcheck(
+        torch.ops.longnet.dilated_attention.default, (expanded, strided, strided, bounds, None, *settings)
+    )
 
 
 def test_opcheck_of_the_backward_and_of_the_bounds():
@@ -71,7 +80,24 @@ def test_opcheck_of_the_backward_and_of_the_bounds():
     out, lse = dilated_attention(q, k, v, PATTERN, return_lse=True)
     torch.library.opcheck(
         torch.ops.longnet.dilated_attention_backward.default,
-        (torch.ones_like(out), q, k, v, out, lse, None, [16, 32, 64], [1, 2, 4], "mod", False, 0.3, "sdpa"),
+        (
+            torch.ones_like(out),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            [16, 32, 64],
+            [1, 2, 4],
+            "mod",
+            "kept",
+            0,
+            [],
+            False,
+            0.3,
+            "sdpa",
+        ),
     )
     torch.library.opcheck(torch.ops.longnet.padding_bounds.default, (torch.ones(2, 9, dtype=torch.bool),))
     torch.library.opcheck(torch.ops.longnet.document_bounds.default, (torch.tensor([0, 4, 9]), 9))

@@ -14,10 +14,10 @@ from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
+from longnet.attention.plan import runs_of
 from longnet.attention.sequence_parallel import make_halo, send_rows, take_home
 from longnet.attention.slices import lay_out_slice
 from longnet.attention.tiles import attend_tiles, differentiate_tiles
-from longnet.attention.views import runs_of
 
 
 def exchange(sent, layouts):

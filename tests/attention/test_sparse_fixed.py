@@ -124,7 +124,7 @@ def test_memory_at_32k_is_linear():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14's own opcheck
 def test_opcheck():
     q, k, v = tensors(1, 4, 2, 19, 19)
-    torch.library.opcheck(torch.ops.longnet.sparse_fixed_attention, (q, k, v, None, 8, 8, 2, 0.3, "auto"))
+    torch.library.opcheck(torch.ops.longnet.sparse_fixed_attention, (q, k, v, None, None, 8, 8, 2, 0.3, "auto"))
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (4, 0), (4, 5), (4, 3, 2)])

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -248,3 +248,17 @@ def test_patterns_without_rate_one_leave_zeros():
     out, _ = text.run()
     assert (out[0, 0, [1, 2, 4, 5, 7, 8]] == 0).all()
     torch.testing.assert_close(out, text.oracle())
+
+
+@given(texts(), st.booleans())
+def test_sinks_in_any_pieces_are_those_of_the_op(text, is_per_query):
+    batch, heads, tokens, head_dim = text.q.shape
+    sinks = torch.randn((batch, heads, tokens) if is_per_query else (heads,), dtype=torch.float64)
+    state, parts = replace(text, begins=[0] * batch, start=0).state, []
+    for a, b in text.pieces:
+        of_piece = sinks[:, :, a:b] if is_per_query else sinks
+        parts.append(state.attend(*(x[:, :, a:b] for x in (text.q, text.k, text.v)), scale=None, sinks=of_piece))
+    whole, _ = reference.attend(
+        text.q, text.k, text.v, text.pattern, bounds=None, is_causal=True, scale=head_dim**-0.5, sinks=sinks
+    )
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-12, rtol=1e-10)

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from cases import patterns
 from longnet import DilationPattern
+from longnet.attention.plan import Run, plan, runs_of
 from longnet.attention.reference import multiplicity
-from longnet.attention.views import Run, blocks, plan, runs_of
+from longnet.attention.views import blocks
 
 
 def pairs_of(tiles, batch, heads, kv_heads, queries, tokens, layout, max_rows):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
-from longnet.attention.pattern import DilationPattern, pattern_of
+from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
+from longnet.attention.plan import plan, runs_of
 from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
 from longnet.attention.sequence_parallel import attend_slice, gather_slices, group_of
-from longnet.attention.views import plan, runs_of
 
 
 @overload
@@ -30,6 +29,7 @@ def dilated_attention(
     scale: float | None = ...,
     padding_mask: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
     backend: dispatch.Backend = ...,
@@ -48,6 +48,7 @@ def dilated_attention(
     scale: float | None = ...,
     padding_mask: Tensor | None = ...,
     cu_seqlens: Tensor | None = ...,
+    sinks: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[True],
     backend: dispatch.Backend = ...,
@@ -65,6 +66,7 @@ def dilated_attention(
     scale: float | None = None,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: dispatch.Backend = "auto",
@@ -81,13 +83,16 @@ def dilated_attention(
             positions (cached decoding).
         k: (B, G, T, D) with H a multiple of G; query head h reads key/value head h // (H / G).
         v: (B, G, T, D).
-        pattern: segment lengths, dilation rates, head offsets. Any T, multiple of nothing.
+        pattern: segment lengths, dilation rates, which queries, head offsets. Any T, multiple of nothing. Where k holds
+            some of a layer's heads, as under tensor parallelism, `pattern.shard` says which.
         is_causal: hide the keys after each query.
         scale: factor on q·k, D ** -0.5 when None.
         padding_mask: (B, T) bool, True for a real token. The real tokens of a row lie side by side; segments count
             from the first of them. Output is 0 in the padding, which is never read.
         cu_seqlens: (n + 1,) int32 or int64, 0 … T: boundaries of n documents packed end to end in a batch of 1. Each
             attends within itself, its segments counted from its first token.
+        sinks: (H,) or (B, H, Tq), any float dtype: logits of one more key of value 0, which every query sees.
+            Not in the paper.
         dropout_p: only 0.
         return_lse: return the log-sum-exp too.
         backend: `"sdpa"` computes tiles with the kernels behind scaled_dot_product_attention, `"reference"` a dense
@@ -98,7 +103,8 @@ def dilated_attention(
 
     Returns:
         out (B, H, Tq, D) like q; a query that no branch keeps, or that is padding, gets 0. With `return_lse` also lse
-        (B, H, Tq), natural logarithm, −inf for such a query, float32 (float64 for float64). lse carries no gradient.
+        (B, H, Tq), natural logarithm, −inf for such a query (its sink's logit, where there are sinks), float32 (float64
+        for float64). lse carries no gradient.
 
     Raises:
         ValueError: shapes, devices, dtypes or masks that do not fit; a backend that cannot run.
@@ -106,7 +112,7 @@ def dilated_attention(
         NotImplementedError: dropout_p other than 0.
     """
     q, k, v = cast_under_autocast(q, k, v)
-    _check(q, k, v, pattern, padding_mask, cu_seqlens, dropout_p)
+    _check(q, k, v, pattern, padding_mask, cu_seqlens, sinks, dropout_p)
     if mesh is not None:
         if q.shape[2] != k.shape[2] or backend == "reference":
             raise ValueError('across ranks there must be as many queries as keys, and a backend of tiles: "auto"')
@@ -116,14 +122,16 @@ def dilated_attention(
         )
         if cu_seqlens is not None:
             slices = replace(slices, bounds=document_bounds(cu_seqlens, int(slices.edges[-1])))
-        out, lse = attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale)
+        out, lse = attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks)
         return (out, lse.detach()) if return_lse else out
     bounds = None
     if padding_mask is not None:
         bounds = padding_bounds(padding_mask)
     elif cu_seqlens is not None:
         bounds = document_bounds(cu_seqlens, k.shape[2])
-    out, lse = attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale, backend=backend)
+    out, lse = attend_within(
+        q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale, sinks=sinks, backend=backend
+    )
     return (out, lse.detach()) if return_lse else out
 
 
@@ -136,6 +144,7 @@ def attend_within(
     bounds: Tensor | None,
     is_causal: bool,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     backend: dispatch.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute `dilated_attention` where masks have been read into bounds, as a model does once for all its layers.
@@ -149,6 +158,7 @@ def attend_within(
             `document_bounds` give them; None where every token is real.
         is_causal: hide the keys after each query.
         scale: factor on q·k, D ** -0.5 when None.
+        sinks: (H,) or (B, H, Tq), as in `dilated_attention`.
         backend: as in `dilated_attention`.
 
     Returns:
@@ -158,12 +168,9 @@ def attend_within(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
         with without_autocast(q.device.type):
-            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale)
+            out, lse = reference.attend(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scale, sinks=sinks)
             return out, lse.to(torch.promote_types(lse.dtype, torch.float32))
-    return _op(
-        q, k, v, bounds,
-        pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale, backend,
-    )  # fmt: skip
+    return _op(q, k, v, bounds, sinks, *pattern.arguments, is_causal, scale, backend)
 
 
 def _check(
@@ -173,6 +180,7 @@ def _check(
     pattern: DilationPattern,
     padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    sinks: Tensor | None,
     dropout_p: float,
 ) -> None:
     if not isinstance(pattern, DilationPattern):
@@ -199,6 +207,13 @@ def _check(
         raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if sinks is not None and (
+        sinks.shape not in (q.shape[1:2], q.shape[:3]) or not sinks.is_floating_point() or sinks.device != q.device
+    ):
+        raise ValueError(
+            f"sinks must be (query heads,) = {tuple(q.shape[1:2])} or (batch, query heads, queries) = "
+            f"{tuple(q.shape[:3])}, floating point, on {q.device}, got {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+        )
     if padding_mask is not None and cu_seqlens is not None:
         raise ValueError("give padding_mask or cu_seqlens, not both: packed documents need no padding")
     if padding_mask is not None:
@@ -264,17 +279,10 @@ def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return cu_seqlens.new_empty((cu_seqlens.shape[0] - 1, 3), dtype=torch.int64, device="cpu")
 
 
-def _lay_out(
-    q: Tensor,
-    k: Tensor,
-    bounds: Tensor | None,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    head_offsets: str,
-    is_causal: bool,
-) -> Layout:
+def _lay_out(q: Tensor, k: Tensor, bounds: Tensor | None, *arguments_and_causal: Any) -> Layout:
+    *arguments, is_causal = arguments_and_causal
     tiles, is_complete = plan(
-        pattern_of(tuple(segment_lengths), tuple(dilation_rates), head_offsets),
+        pattern_of(*arguments),
         runs=runs_of(bounds, k.shape[0], k.shape[2]),
         batch_size=q.shape[0],
         q_tokens=q.shape[2],
@@ -286,8 +294,4 @@ def _lay_out(
     return Layout([Part(tiles)], is_complete)
 
 
-_op = register(
-    "dilated_attention",
-    "SymInt[] segment_lengths, SymInt[] dilation_rates, str head_offsets, bool is_causal",
-    _lay_out,
-)
+_op = register("dilated_attention", f"{PATTERN_SCHEMA}, bool is_causal", _lay_out)

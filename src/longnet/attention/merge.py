@@ -21,3 +21,37 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
     so_far, newcomer = lse.contiguous(), tile_lse.to(lse.dtype).contiguous()  # strided, logaddexp takes 7 times as long
     out.lerp_(tile_out.to(out.dtype), torch.sigmoid(newcomer - so_far).unsqueeze(-1))
     lse.copy_(torch.logaddexp(so_far, newcomer))
+
+
+def merge_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Fold one more key of value 0 into `out` and `lse`, in place: it takes part in the softmax, and adds nothing.
+
+    Attention sinks as learned logits (arXiv:2309.17453 §3.3; gpt-oss), or zero keys that stand for padding.
+
+    Args:
+        out: (B, H, Tq, D), float32 or float64.
+        lse: (B, H, Tq), the same dtype; −inf where no key has been seen, where the sink is then all there is.
+        sinks: (H,) or (B, H, Tq), the key's logits; −inf is no key.
+    """
+    total = torch.logaddexp(lse, per_query(sinks, lse))
+    out.mul_(torch.where(total == -torch.inf, 0, torch.exp(lse - total)).unsqueeze(-1))
+    lse.copy_(total)
+
+
+def differentiate_sinks(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return the gradient of `sinks`, in its shape and dtype: −p_sink · rowsum(dO · O), O and the log-sum-exp merged.
+
+    Args:
+        dout: (B, H, Tq, D).
+        out: (B, H, Tq, D).
+        lse: (B, H, Tq).
+        sinks: (H,) or (B, H, Tq).
+    """
+    p = torch.where(lse == -torch.inf, 0, torch.exp(per_query(sinks, lse) - lse))
+    grad = -p * (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return (grad.sum((0, 2)) if sinks.ndim == 1 else grad).to(sinks.dtype)
+
+
+def per_query(sinks: Tensor, lse: Tensor) -> Tensor:
+    """Return logits (H,) or (B, H, Tq) as (…, H, Tq) that broadcast with `lse`, in its dtype."""
+    return (sinks.unsqueeze(-1) if sinks.ndim == 1 else sinks).to(lse.dtype)

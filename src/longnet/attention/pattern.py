@@ -7,17 +7,19 @@ import itertools
 import math
 import operator
 import warnings
-from dataclasses import dataclass
-from typing import Literal, Self, cast, get_args
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 
 HeadOffsets = Literal["mod", "block"]
+Queries = Literal["kept", "all"]
 
 _SEARCHED_TOKENS = 2**15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DilationPattern:
     """The branches (segment length w_i, dilation rate r_i) of dilated attention (arXiv:2307.02486 eq. 3-15).
 
@@ -33,21 +35,42 @@ class DilationPattern:
         . . . . 1 . 1 .
         . . . . . . . .
 
+    With `queries="all"` every query of a segment attends to the keys that its branch keeps, at a cost of w/r keys a
+    query in place of w/r². Not in the paper, where two positions meet directly only if both lie on the head's phase:
+
+        1 . . . . . . .
+        1 . . . . . . .
+        1 . 1 . . . . .
+        1 . 1 . . . . .
+        . . . . 1 . . .
+        . . . . 1 . . .
+        . . . . 1 . 1 .
+        . . . . 1 . 1 .
+
     Args:
         segment_lengths: w_i in tokens, each ≥ 1. Need not be a multiple of r_i, may exceed the sequence.
         dilation_rates: r_i, each ≥ 1, one per segment length.
         head_offsets: `"mod"`, s_ig = g mod r_i (the paper, §2.3), or `"block"`, s_ig = g // ceil(G / r_i) for G
             key/value heads (the layout of torchscale's checkpoints).
+        queries: `"kept"`, a branch drops queries as it drops keys (the paper), or `"all"`, it drops keys alone. A
+            branch of rate 1 is the same in both.
+        offset_shift: added to all offsets: head g keeps u iff `u % r_i == (s_ig + offset_shift) % r_i`. A model may
+            shift them layer by layer, so that few heads see all phases. Not in the paper.
+        head_shard: (g0, G): the key/value heads at hand are g0, g0 + 1, … of G, as where a model's heads are split
+            across ranks; offsets are those of the whole. None where they are all there are.
 
     Raises:
         ValueError: a length or rate below 1, an empty or unequal pair of lists, a branch given twice, an unknown
-            `head_offsets`.
-        TypeError: a length or rate that is no int.
+            `head_offsets` or `queries`, a negative shift, a shard outside its heads.
+        TypeError: a length, a rate or a shift that is no int.
     """
 
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     head_offsets: HeadOffsets = "mod"
+    queries: Queries = "kept"
+    offset_shift: int = 0
+    head_shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -69,8 +92,15 @@ class DilationPattern:
             )
         if len(set(self.branches)) != len(self.branches):
             raise ValueError(f"a branch is given twice, which would count its keys twice: {self.branches}")
-        if self.head_offsets not in get_args(HeadOffsets):
-            raise ValueError(f"head_offsets must be one of {get_args(HeadOffsets)}, got {self.head_offsets!r}")
+        for name, choices in (("head_offsets", get_args(HeadOffsets)), ("queries", get_args(Queries))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if isinstance(self.offset_shift, bool) or not isinstance(self.offset_shift, int):
+            raise TypeError(f"offset_shift must be an int, got {self.offset_shift!r}")
+        if self.offset_shift < 0:
+            raise ValueError(f"offset_shift must be at least 0, got {self.offset_shift}")
+        if self.head_shard is not None and not 0 <= self.head_shard[0] < self.head_shard[1]:
+            raise ValueError(f"head_shard must be (first key/value head, of how many), got {self.head_shard!r}")
         # While compiling, a model reads its pattern from its configuration, and a warning would break the graph.
         if 1 not in self.dilation_rates and not torch.compiler.is_compiling():
             warnings.warn(
@@ -105,12 +135,12 @@ class DilationPattern:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `"2048:1,4096:2"`, or `"2048:1,4096:2;block"` for block offsets; `str(pattern)` writes it.
+        """Read `"2048:1,4096:2"`, with `;block`, `;all` or `;shift=3` after it where wanted; `str(pattern)` writes it.
 
         Raises:
             ValueError: text of another form.
         """
-        branches, semicolon, offsets = text.partition(";")
+        branches, *options = (part.strip() for part in text.split(";"))
         try:
             pairs = [tuple(int(number) for number in branch.split(":")) for branch in branches.split(",")]
             lengths, rates = zip(*((length, rate) for length, rate in pairs), strict=True)
@@ -118,23 +148,87 @@ class DilationPattern:
             raise ValueError(
                 f"cannot read the pattern {text!r}: write segment:rate pairs with commas, like 2048:1,4096:2,8192:4"
             ) from None
-        return cls(lengths, rates, offsets if semicolon else "mod")  # type: ignore[arg-type]
+        return cls(lengths, rates, **dict(_read_option(option, text) for option in options))
 
     def __str__(self) -> str:
-        branches = ",".join(f"{length}:{rate}" for length, rate in self.branches)
-        return branches if self.head_offsets == "mod" else f"{branches};{self.head_offsets}"
+        """Return what `parse` reads; a shard of heads, which belongs to a call, is left out."""
+        options: list[str] = [option for option in (self.head_offsets, self.queries) if option not in ("mod", "kept")]
+        if self.offset_shift:
+            options.append(f"shift={self.offset_shift}")
+        return ";".join([",".join(f"{length}:{rate}" for length, rate in self.branches), *options])
+
+    def __repr__(self) -> str:
+        given = [
+            f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:
         """The pairs (w_i, r_i)."""
         return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The pattern as an operator's arguments, of the types of `PATTERN_SCHEMA`; `pattern_of` reads them."""
+        shard = () if self.head_shard is None else self.head_shard
+        return self.segment_lengths, self.dilation_rates, self.head_offsets, self.queries, self.offset_shift, shard
+
+    def shifted(self, shift: int) -> DilationPattern:
+        """Return the pattern whose offsets lie `shift` further, as in another layer of a model that rotates them."""
+        lengths, rates, offsets, queries, offset_shift, shard = self.arguments
+        return pattern_of(lengths, rates, offsets, queries, offset_shift + shift, shard)
+
+    def shard(self, first_kv_head: int, num_kv_heads: int) -> DilationPattern:
+        """Return the pattern for a call that holds some of `num_kv_heads` key/value heads, from `first_kv_head` on.
+
+        Tensor parallelism, say, gives each rank a few; what a head keeps follows from which of all of them it is.
+
+        Raises:
+            ValueError: a head outside 0 … num_kv_heads − 1.
+        """
+        lengths, rates, offsets, queries, offset_shift, _ = self.arguments
+        return pattern_of(lengths, rates, offsets, queries, offset_shift, (first_kv_head, num_kv_heads))
+
     def offset(self, rate: int, head: int, num_kv_heads: int) -> int:
-        """Return s_ig: which of each `rate` positions key/value head `head` of `num_kv_heads` keeps.
+        """Return which of each `rate` positions key/value head `head` of the `num_kv_heads` at hand keeps.
 
         Query heads take the offset of their key/value head. arXiv:2307.02486 eq. 13-15.
         """
-        return head % rate if self.head_offsets == "mod" else head // -(-num_kv_heads // rate)
+        first, total = self._shard_of(num_kv_heads)
+        own = first + head if self.head_offsets == "mod" else (first + head) // -(-total // rate)
+        return (own + self.offset_shift) % rate
+
+    def offset_grids(self, rate: int, num_kv_heads: int) -> tuple[OffsetGrid, ...]:
+        """Return the `num_kv_heads` at hand, each in one grid of heads with side by side offsets."""
+        first, total = self._shard_of(num_kv_heads)
+        if self.head_offsets == "mod":
+            offsets, most = min(rate, num_kv_heads), -(-num_kv_heads // rate)
+            full = num_kv_heads - offsets * (most - 1)
+            spans = [(0, full, most), (full, offsets, most - 1)]
+            grids = [(low, first + low, high - low, 1, heads, rate) for low, high, heads in spans]
+        else:
+            per_offset = -(-total // rate)
+            ragged = min(num_kv_heads, -first % per_offset)
+            whole, rest = divmod(num_kv_heads - ragged, per_offset)
+            offset = (first + ragged) // per_offset
+            grids = [
+                (0, first // per_offset, 1 if ragged else 0, per_offset, ragged, 1),
+                (ragged, offset, whole, per_offset, per_offset, 1),
+                (num_kv_heads - rest, offset + whole, 1 if rest else 0, per_offset, rest, 1),
+            ]
+        shifted = (OffsetGrid(head, offset + self.offset_shift, *rest) for head, offset, *rest in grids)
+        return tuple(
+            part._replace(offset=part.offset % rate) for grid in shifted for part in grid.cut(-grid.offset % rate)
+        )
+
+    def _shard_of(self, num_kv_heads: int) -> tuple[int, int]:
+        first, total = (0, num_kv_heads) if self.head_shard is None else self.head_shard
+        if first + num_kv_heads > total:
+            raise ValueError(
+                f"the pattern is for a shard of {total} key/value heads from {first} on, got {num_kv_heads}"
+            )
+        return first, total
 
     def flops(
         self, *, tokens: int, num_heads: int, head_dim: int, is_causal: bool, num_kv_heads: int | None = None
@@ -168,7 +262,12 @@ class DilationPattern:
                 offset = self.offset(rate, head, num_kv_heads)
                 for segments, positions in ((whole, length), (1, rest)):
                     rows = kept_rows(positions, rate, offset)
-                    pairs += segments * (rows * (rows + 1) // 2 if is_causal else rows * rows)
+                    if self.queries == "kept":
+                        pairs += segments * (rows * (rows + 1) // 2 if is_causal else rows * rows)
+                    elif is_causal:  # the key at offset + m · rate is seen by all queries from there on
+                        pairs += segments * (rows * (positions - offset) - rate * (rows * (rows - 1) // 2))
+                    else:
+                        pairs += segments * rows * positions
         return 4 * head_dim * pairs * (num_heads // num_kv_heads)
 
     def state_rows(self, *, tokens: int) -> int:
@@ -243,9 +342,10 @@ class DilationPattern:
         """Return the layers after which every token can have heard of every other: the graph's diameter.
 
         Tokens are joined where some head of a non-causal layer lets one attend to the other, every phase of every
-        branch being some head's (heads ≥ largest rate). `math.inf` where no depth suffices, as beyond the longest
-        segment. Grows with log(tokens) for geometric patterns (arXiv:2307.02486 §2.4): with f-fold steps and
-        m = w_i / r_i rows a segment a hop rewrites log_f(m) of a position's base-f digits.
+        branch being some head's (heads ≥ largest rate); with `queries="all"`, all tokens of a segment are. `math.inf`
+        where no depth suffices, as beyond the longest segment. Reachability says nothing of use. Grows with log(tokens)
+        for geometric patterns (arXiv:2307.02486 §2.4): with f-fold steps and m = w_i / r_i rows a segment a hop
+        rewrites log_f(m) of a position's base-f digits.
 
         Closed form where of any two lengths or rates one divides the other; breadth-first search otherwise.
 
@@ -254,6 +354,9 @@ class DilationPattern:
         """
         if tokens <= 1:
             return 0
+        if self.queries == "all" and set(self.dilation_rates) != {1}:  # all of a segment meet in a hop, as at rate 1
+            lengths = tuple(dict.fromkeys(self.segment_lengths))
+            return DilationPattern(lengths, (1,) * len(lengths)).hops(tokens=tokens)
         longest = max(self.segment_lengths)
         if tokens > longest and all(longest % length == 0 for length in self.segment_lengths):
             return math.inf  # every branch has a boundary there
@@ -301,12 +404,60 @@ class DilationPattern:
         return hops
 
 
+class OffsetGrid(NamedTuple):
+    """Heads `head + i · offset_step + j · head_step`, i < offsets, j < heads, each of which keeps offset `offset + i`."""
+
+    head: int
+    offset: int
+    offsets: int
+    offset_step: int
+    heads: int
+    head_step: int
+
+    def cut(self, *places: int) -> Iterator[OffsetGrid]:
+        """Yield the grid in parts that begin at the `i` given, those outside it left out; none where no head is in it."""
+        cuts = sorted({0, self.offsets, *(place for place in places if 0 < place < self.offsets)})
+        for low, high in itertools.pairwise(cuts if self.heads else ()):
+            yield self._replace(head=self.head + low * self.offset_step, offset=self.offset + low, offsets=high - low)
+
+
+PATTERN_SCHEMA = (
+    "SymInt[] segment_lengths, SymInt[] dilation_rates, str head_offsets, str queries, SymInt offset_shift, "
+    "SymInt[] head_shard"
+)
+
+
+def pattern_of(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    head_offsets: str,
+    queries: str,
+    offset_shift: int,
+    head_shard: Sequence[int],
+) -> DilationPattern:
+    """Return the pattern that an operator's arguments spell out, without the warnings that its maker has had."""
+    return _pattern_of(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, queries, offset_shift, tuple(head_shard) or None
+    )
+
+
 @functools.lru_cache(maxsize=256)
-def pattern_of(segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str) -> DilationPattern:
-    """Return the pattern that an op's arguments spell out, without the warnings that its maker has had."""
+def _pattern_of(*arguments: Any) -> DilationPattern:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return DilationPattern(segment_lengths, dilation_rates, cast("HeadOffsets", head_offsets))
+        return DilationPattern(*arguments)
+
+
+def _read_option(option: str, text: str) -> tuple[str, Any]:
+    name, _, number = option.partition("=")
+    if name == "shift" and number.isdecimal():
+        return "offset_shift", int(number)
+    for field, choices in (("head_offsets", get_args(HeadOffsets)), ("queries", get_args(Queries))):
+        if option in choices:
+            return field, option
+    raise ValueError(
+        f"cannot read {option!r} in the pattern {text!r}: after a semicolon may come mod, block, kept, all, shift=3"
+    )
 
 
 def kept_rows(positions: int, rate: int, offset: int) -> int:

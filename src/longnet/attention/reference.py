@@ -31,13 +31,14 @@ def multiplicity(
     visible = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
     if is_causal:
         visible = visible & (positions[:, :, None] >= positions[:, None, :])
+    is_dense = pattern.queries == "all"
     count = positions.new_zeros((batch_size, num_kv_heads, tokens, tokens))
     for length, rate in pattern.branches:
         segment, inside = positions // length, positions % length
         same_segment = segment[:, :, None] == segment[:, None, :]
         for head in range(num_kv_heads):
             kept = inside % rate == pattern.offset(rate, head, num_kv_heads)
-            count[:, head] += visible & same_segment & kept[:, :, None] & kept[:, None, :]
+            count[:, head] += visible & same_segment & kept[:, None, :] & (kept[:, :, None] | is_dense)
     return count
 
 
@@ -50,6 +51,7 @@ def attend(
     bounds: Tensor | None,
     is_causal: bool,
     scale: float,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dilated attention in plain PyTorch, in the dtype of `q`; its gradients are autograd's.
 
@@ -61,9 +63,10 @@ def attend(
         bounds: (n, 3) int, (batch row, start, stop) of each run of real tokens; None where every token is real.
         is_causal: keys after the query are unseen.
         scale: factor on q·k.
+        sinks: (H,) or (B, H, Tq), logits of one more key, whose value is 0.
 
     Returns:
-        out (B, H, Tq, D), 0 for a query without keys, and lse (B, H, Tq), −inf there.
+        out (B, H, Tq, D), 0 for a query without keys, and lse (B, H, Tq), −inf there, or the sink's logit.
     """
     batch_size, num_kv_heads, tokens, _ = k.shape
     positions = torch.arange(tokens, device=q.device).expand(batch_size, tokens)
@@ -84,8 +87,12 @@ def attend(
     is_real = (documents >= 0)[:, None, :, None]
     v = torch.where(is_real, v, 0)  # what lies in padding, NaN included, is not read
     scores = (q * scale) @ torch.where(is_real, k, 0).mT + count.to(q.dtype).log()
-    sees_none = (count == 0).all(-1, keepdim=True)
     scores = torch.where(count == 0, -torch.inf, scores)
+    if sinks is not None:
+        sink = (sinks[:, None] if sinks.ndim == 1 else sinks).to(scores.dtype).expand(scores.shape[:3])
+        scores = torch.cat([scores, sink.unsqueeze(-1)], -1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    sees_none = (scores == -torch.inf).all(-1, keepdim=True)
     lse = torch.logsumexp(scores, -1)
     out = torch.softmax(torch.where(sees_none, 0, scores), -1) @ v
     return torch.where(sees_none, 0, out), lse

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
+from longnet.attention.merge import differentiate_sinks, merge_sinks_
+from longnet.attention.plan import Tile
 from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
-from longnet.attention.views import Tile
 
 
 class Part(NamedTuple):
@@ -49,39 +50,51 @@ def register(name: str, settings: str, lay_out: Callable[..., Layout]) -> Forwar
         lay_out: (q, k, bounds, *settings) → which tiles make up the attention.
 
     Returns:
-        (q, k, v, bounds, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq), which has no gradient; bounds
-        are (n, 3) int64, (batch row, start, stop) of each run of real tokens, or None where every token is real.
+        (q, k, v, bounds, sinks, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq), which has no gradient;
+        bounds are (n, 3) int64, (batch row, start, stop) of each run of real tokens, or None where every token is real;
+        sinks are (H,) or (B, H, Tq), logits of one more key of value 0, or None.
     """
     forward, backward = implement(lay_out)
-    call = f"Tensor q, Tensor k, Tensor v, Tensor? bounds, {settings}, float scale, str backend"
-    backward_call = call.replace("Tensor? bounds", "Tensor out, Tensor lse, Tensor? bounds")
+    qkv, rest = "Tensor q, Tensor k, Tensor v", f"{settings}, float scale, str backend"
     op: Any = torch.library.custom_op(
-        f"longnet::{name}", forward, mutates_args=(), schema=f"({call}) -> (Tensor, Tensor)"
+        f"longnet::{name}",
+        forward,
+        mutates_args=(),
+        schema=f"({qkv}, Tensor? bounds, Tensor? sinks, {rest}) -> (Tensor, Tensor)",
     )
     op_backward: Any = torch.library.custom_op(
         f"longnet::{name}_backward",
         backward,
         mutates_args=(),
-        schema=f"(Tensor dout, {backward_call}) -> (Tensor, Tensor, Tensor)",
+        schema=f"(Tensor dout, {qkv}, Tensor out, Tensor lse, Tensor? bounds, {rest}) -> (Tensor, Tensor, Tensor)",
     )
 
     def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, bounds, *ctx.settings = inputs
-        ctx.save_for_backward(q, k, v, *output, bounds)
+        q, k, v, bounds, sinks, *ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, *output, bounds, sinks)
 
     def differentiate(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, bounds = ctx.saved_tensors
+        q, k, v, out, lse, bounds, sinks = ctx.saved_tensors
         grads = op_backward(dout, q, k, v, out, lse, bounds, *ctx.settings)
-        return (*grads, *(None,) * (1 + len(ctx.settings)))
+        dsinks = differentiate_sinks(dout, out, lse, sinks) if sinks is not None and ctx.needs_input_grad[4] else None
+        return (*grads, None, dsinks, *(None,) * len(ctx.settings))
 
-    def count(q: Tensor, k: Tensor, _v: Tensor, bounds: Tensor | None, *settings: Any, **_: Any) -> int:
+    def count(q: Tensor, k: Tensor, _v: Tensor, bounds: Tensor | None, _sinks: Any, *settings: Any, **_: Any) -> int:
         parts = lay_out(q, k, bounds, *settings[:-2]).parts
         return 4 * q.shape[3] * sum(tile.pairs for part in parts for tile in part.tiles)
 
     def count_backward(
-        _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any, **_: Any
+        _dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        _out: Any,
+        _lse: Any,
+        bounds: Tensor | None,
+        *rest: Any,
+        **_: Any,
     ) -> int:
-        return count(q, k, v, *rest) * 5 // 2  # five matrix products where the forward has two
+        return count(q, k, v, bounds, None, *rest) * 5 // 2  # five matrix products where the forward has two
 
     op.register_fake(lambda q, *_: (empty_like(rows_dense(q)).to(q.dtype), empty_lse(rows_dense(q))))
     op_backward.register_fake(
@@ -97,7 +110,7 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
     """Return what `register` makes ops of: functions of plain tensors."""
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, *settings_scale_backend: Any
+        q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, sinks: Tensor | None, *settings_scale_backend: Any
     ) -> tuple[Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
         kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
@@ -116,6 +129,8 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
                 attend_tiles(
                     kernel, part.tiles, q[part.rows], k_seen, v_seen, out[part.rows], lse[part.rows], scale=scale
                 )
+        if sinks is not None:
+            merge_sinks_(out, lse, sinks)
         return out.to(q.dtype), lse
 
     def backward(

@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
-from longnet.attention.pattern import DilationPattern, pattern_of
+from longnet.attention.merge import differentiate_sinks, merge_sinks_
+from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
+from longnet.attention.plan import runs_of
 from longnet.attention.slices import SliceLayout, lay_out_slice
 from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
-from longnet.attention.views import runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,15 @@ def _(bounds: Tensor | None, rows: int, tokens: int, group: str, device: torch.d
 
 
 def attend_slice(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilationPattern, slices: Slices, *, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    slices: Slices,
+    *,
+    is_causal: bool,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with this rank's queries to the keys of all ranks.
 
@@ -126,6 +135,7 @@ def attend_slice(
         slices: how the sequence lies across the ranks.
         is_causal: hide the keys after each query.
         scale: factor on q·k.
+        sinks: (H,) or (B, H, T) of this rank's queries, as in `dilated_attention`.
 
     Returns:
         out (B, H, T, D) and lse (B, H, T) of the slice, as `dilated_attention`'s.
@@ -134,8 +144,7 @@ def attend_slice(
         ValueError: a slice of another length than `slices` tells.
     """
     out, lse, _ = _op(
-        q, k, v, slices.bounds, slices.edges, slices.rank, slices.group,
-        pattern.segment_lengths, pattern.dilation_rates, pattern.head_offsets, is_causal, scale,
+        q, k, v, sinks, slices.bounds, slices.edges, slices.rank, slices.group, *pattern.arguments, is_causal, scale
     )  # fmt: skip
     return out, lse
 
@@ -166,14 +175,14 @@ def _wait(rows: Tensor) -> Tensor:
 
 
 def _lay_out(q: Tensor, k: Tensor, bounds: Tensor, edges: Tensor, rank: int, *settings: Any) -> SliceLayout:
-    lengths, rates, head_offsets, is_causal = settings[:4]
+    *arguments, is_causal, _scale = settings
     all_edges = tuple(edges.tolist())
     if all_edges[rank + 1] - all_edges[rank] != q.shape[2]:
         raise ValueError(
             f"rank {rank} holds the positions {all_edges[rank]} … {all_edges[rank + 1] - 1}, got {q.shape[2]} queries"
         )
     return lay_out_slice(
-        pattern_of(tuple(lengths), tuple(rates), head_offsets),
+        pattern_of(*arguments),
         runs=runs_of(bounds, q.shape[0], all_edges[-1]),
         edges=all_edges,
         rank=rank,
@@ -185,19 +194,24 @@ def _lay_out(q: Tensor, k: Tensor, bounds: Tensor, edges: Tensor, rank: int, *se
     )
 
 
-_SETTINGS = (
-    "Tensor bounds, Tensor edges, SymInt rank, str group, SymInt[] segment_lengths, SymInt[] dilation_rates, "
-    "str head_offsets, bool is_causal, float scale"
-)
+_SETTINGS = f"Tensor bounds, Tensor edges, SymInt rank, str group, {PATTERN_SCHEMA}, bool is_causal, float scale"
 
 
 @torch.library.custom_op(
     "longnet::dilated_attention_slice",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, edges: Tensor, rank: int, group: str, *settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bounds: Tensor,
+    edges: Tensor,
+    rank: int,
+    group: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and the halo of keys and values, (2, B, G, rows, D), which the backward pass reads again."""
     layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
@@ -215,6 +229,8 @@ def _op(
         received = _wait(received)
     halo = make_halo(received, layout, k.shape[0], k.shape[1])
     out, lse = attend_tiles(kernel, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    if sinks is not None:
+        merge_sinks_(out, lse, sinks)
     return out.to(q.dtype), lse, halo
 
 
@@ -271,13 +287,19 @@ def take_home(came: Tensor, layout: SliceLayout, grads: tuple[Tensor, ...]) -> N
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bounds, edges, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, bounds, edges)
+    q, k, v, sinks, bounds, edges, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds, edges, sinks)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_op_backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * (2 + len(ctx.settings)))
+    *saved, sinks = ctx.saved_tensors
+    grads = _op_backward(dout, *saved, *ctx.settings)
+    dsinks = None
+    if sinks is not None and ctx.needs_input_grad[3]:
+        _, _, _, out, lse, *_ = saved
+        dsinks = differentiate_sinks(dout, out, lse, sinks)
+    return (*grads, dsinks, *(None,) * (2 + len(ctx.settings)))
 
 
 @_op.register_fake
@@ -295,7 +317,7 @@ def _(_dout: Tensor, *qkv_and_rest: Any) -> tuple[Tensor, ...]:
 _op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _count(q: Tensor, k: Tensor, _v: Tensor, *settings: Any, **_: Any) -> int:
+def _count(q: Tensor, k: Tensor, _v: Tensor, _sinks: Tensor | None, *settings: Any, **_: Any) -> int:
     bounds, edges, rank, _group, *rest = settings
     layout = _lay_out(q, k, bounds, edges, rank, *rest)
     return 4 * q.shape[3] * sum(tile.pairs for tile in (*layout.own, *layout.halo))
@@ -304,7 +326,7 @@ def _count(q: Tensor, k: Tensor, _v: Tensor, *settings: Any, **_: Any) -> int:
 def _count_backward(
     _dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, _halo: Tensor, *rest: Any, **_: Any
 ) -> int:
-    return _count(q, k, v, *rest) * 5 // 2
+    return _count(q, k, v, None, *rest) * 5 // 2
 
 
 register_flop_formula(torch.ops.longnet.dilated_attention_slice, get_raw=True)(_count)

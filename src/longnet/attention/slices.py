@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longnet.attention.pattern import DilationPattern, kept_rows
-from longnet.attention.views import Run, Tile, plan
+from longnet.attention.plan import Run, Tile, plan
 
 
 class Rows(NamedTuple):

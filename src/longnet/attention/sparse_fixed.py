@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longnet.attention.backends import dispatch
 from longnet.attention.pattern import DilationPattern
+from longnet.attention.plan import Axis, Run, Tile, plan, runs_of
 from longnet.attention.registration import Layout, Part, cast_under_autocast, register
-from longnet.attention.views import Axis, Run, Tile, plan, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,7 @@ def sparse_fixed_attention(
     *,
     bounds: Tensor | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
     backend: dispatch.Backend = "auto",
 ) -> Tensor:
     """Attend causally along the fixed pattern of the Sparse Transformer; gradients are exact.
@@ -133,6 +134,7 @@ def sparse_fixed_attention(
         bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of tokens that attend to one another,
             blocks counted from its start; None where every row is one run. Output is 0 outside.
         scale: factor on q·k, D ** -0.5 when None.
+        sinks: (H,) or (B, H, Tq), as in `dilated_attention`.
         backend: as in `dilated_attention`, but for "reference".
 
     Returns:
@@ -155,7 +157,7 @@ def sparse_fixed_attention(
     if backend == "reference":
         raise ValueError('sparse_fixed attention has no backend="reference": its backends are "auto" and "sdpa"')
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _op(q, k, v, bounds, pattern.block, pattern.step, pattern.summary, scale, backend)[0]
+    return _op(q, k, v, bounds, sinks, pattern.block, pattern.step, pattern.summary, scale, backend)[0]
 
 
 def _lay_out(q: Tensor, k: Tensor, bounds: Tensor | None, block: int, stride: int, summary: int) -> Layout:
@@ -193,9 +195,10 @@ def _summaries(q: Tensor, k: Tensor, runs: tuple[Run, ...], pattern: SparseFixed
                     kv_head=0,
                     q_start=run.start + first - skipped,
                     q_rows=stop - first,
+                    q_rate=1,
                     k_start=0,
                     k_rows=summaries,
-                    rate=1,
+                    k_rate=1,
                     is_causal=False,
                     is_first=False,
                     axes=(

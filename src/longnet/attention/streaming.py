@@ -7,17 +7,18 @@ segment is closed to later queries.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longnet.attention.backends import dispatch, sdpa
-from longnet.attention.merge import merge_
+from longnet.attention.merge import merge_, merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.plan import Run, Tile, kept_tiles, plan
 from longnet.attention.tiles import attend_tiles, empty_like, empty_lse, rows_dense
-from longnet.attention.views import Run, Tile, blocks, kept_tiles, plan
+from longnet.attention.views import blocks
 
 
 class _Step(NamedTuple):
@@ -72,7 +73,7 @@ class StreamState:
         self.pattern, self.start = pattern, start
         self.max_tokens = max(pattern.segment_lengths) if max_tokens is None else max_tokens
         self._edges = self._edges_of(self.max_tokens)
-        self._branches = [(length, rate, *_offsets(pattern, rate, num_kv_heads)) for length, rate in pattern.branches]
+        self._grids = [pattern.offset_grids(rate, num_kv_heads) for rate in pattern.dilation_rates]
         # Zeros: a file of this state must not carry what the memory held before.
         shape = (batch_size, num_kv_heads, self._edges[-1], head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -92,7 +93,16 @@ class StreamState:
         """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, bounds: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None,
+        bounds: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attend with the next tokens to themselves and to the past, then keep of them what later ones need.
 
         The result carries no gradient; a backward pass through it raises.
@@ -104,6 +114,7 @@ class StreamState:
             scale: factor on q·k, D ** -0.5 when None.
             bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of the real tokens among the T, at most one run a
                 row; None where all are real.
+            sinks: (H,) or (B, H, T), as in `dilated_attention`.
 
         Returns:
             out (B, H, T, D) like q; 0 for padding and for queries that no branch keeps.
@@ -112,11 +123,13 @@ class StreamState:
             ValueError: tensors that do not fit the state, or padding between the real tokens of a row.
         """
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out: Tensor = _WithoutGradient.apply(self, q, k, v, scale, bounds)  # type: ignore[no-untyped-call]
+            out: Tensor = _WithoutGradient.apply(self, q, k, v, scale, bounds, sinks)  # type: ignore[no-untyped-call]
             return out
-        return self._attend(q, k, v, scale, bounds)
+        return self._attend(q, k, v, scale, bounds, sinks)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bounds: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bounds: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
         self._check(q, k, v)
         head_dim, tokens = q.shape[3], q.shape[2]
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -134,9 +147,11 @@ class StreamState:
             for run in runs:
                 self._attend_position(kernel, q, k, v, out, lse, run, scale, is_first=is_written)
         else:
-            out = self._attend_many(kernel, q, k, v, out, lse, runs, scale)
+            out, lse = self._attend_many(kernel, q, k, v, out, lse, runs, scale)
             self._keep(k, v, runs)
         self._advance(tokens, runs)
+        if sinks is not None:
+            merge_sinks_(out, lse, sinks)
         return out.to(q.dtype)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -166,7 +181,7 @@ class StreamState:
         lse: Tensor,
         runs: tuple[Run, ...],
         scale: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         tiles, is_complete = plan(
             self.pattern, runs=runs, batch_size=q.shape[0], q_tokens=q.shape[2], k_tokens=q.shape[2],
             num_heads=q.shape[1], num_kv_heads=k.shape[1], is_causal=True, is_partial=True,
@@ -182,7 +197,7 @@ class StreamState:
                 kept.setdefault(tile.branch, []).append(tile)
         for branch, of_branch in kept.items():
             out, lse = attend_tiles(kernel, of_branch, q, *self._of_branch(branch), out, lse, scale=scale)
-        return out
+        return out, lse
 
     def _keep(self, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> None:
         for tile, low, high in kept_tiles(self.pattern, runs=runs, num_kv_heads=k.shape[1]):
@@ -205,52 +220,71 @@ class StreamState:
         *,
         is_first: bool,
     ) -> None:
-        # One token: no plan, since its place in every branch changes with each step. The few branches that keep it
-        # have their rows and heads side by side; the query heads of one key/value head are the rows of a tile.
+        # One token: no plan, since its place in every branch changes with each step. Heads that see equally many rows
+        # of a branch are one call; the query heads of one key/value head are the rows of a tile.
         group, head_dim = q.shape[1] // k.shape[1], q.shape[3]
         position = run.stop - run.start - 1
+        rows = slice(run.row, run.row + run.rows)
         q_row, q_head, _, _ = q.stride()
         out_row, out_head, _, _ = out.stride()
         lse_row, lse_head, _ = lse.stride()
         row, head, place, _ = self.keys.stride()
-        for branch, (length, rate, offsets, heads_apart, offsets_apart) in enumerate(self._branches):
+        for branch, (length, rate) in enumerate(self.pattern.branches):
             inside = position % length
-            offset = inside % rate
-            if offset >= offsets:
-                continue
-            low = offset * offsets_apart
-            heads = -(-(k.shape[1] - low) // heads_apart)
-            if heads_apart == 1:
-                heads = min(heads, offsets_apart) if offsets > 1 else heads
-            absent = max(0, kept_rows(run.first - position + inside, rate, offset))
-            last = self._edges[branch] + inside // rate
-            own = slice(low, low + (heads - 1) * heads_apart + 1, heads_apart)
-            rows = slice(run.row, run.row + run.rows)
-            self._save(branch, inside // rate, inside // rate + 1)
-            self.keys[rows, own, last] = k[rows, own, 0]
-            self.values[rows, own, last] = v[rows, own, 0]
-            count = inside // rate + 1 - absent
-            k_size, k_stride = (run.rows, heads, count, head_dim), (row, heads_apart * head, place, 1)
-            k_from = run.row * row + low * head + (self._edges[branch] + absent) * place
-            size, step, at = (run.rows, heads, group, head_dim), heads_apart * group, low * group
-            tile_out, tile_lse = kernel.attend(
-                q.as_strided(
-                    size, (q_row, step * q_head, q_head, 1), q.storage_offset() + run.row * q_row + at * q_head
-                ),
-                self.keys.as_strided(k_size, k_stride, k_from),
-                self.values.as_strided(k_size, k_stride, k_from),
-                is_causal=False,
-                scale=scale,
-            )
-            so_far = (
-                out.as_strided(size, (out_row, step * out_head, out_head, 1), run.row * out_row + at * out_head),
-                lse.as_strided(size[:3], (lse_row, step * lse_head, lse_head), run.row * lse_row + at * lse_head),
-            )
-            if is_first and branch == 0:
-                so_far[0].copy_(tile_out)
-                so_far[1].copy_(tile_lse)
-            else:
-                merge_(*so_far, tile_out, tile_lse)
+            phase, last = inside % rate, self._edges[branch] + inside // rate
+            for grid in self._grids[branch]:
+                if grid.offset <= phase < grid.offset + grid.offsets:
+                    low = grid.head + (phase - grid.offset) * grid.offset_step
+                    own = slice(low, low + (grid.heads - 1) * grid.head_step + 1, grid.head_step)
+                    self._save(branch, inside // rate, inside // rate + 1)
+                    self.keys[rows, own, last] = k[rows, own, 0]
+                    self.values[rows, own, last] = v[rows, own, 0]
+            unborn = max(0, run.first - position + inside)  # positions of the segment that never existed
+            for low, heads, step, offset in self._heads_that_see(branch, phase, unborn % rate):
+                absent = kept_rows(unborn, rate, offset)
+                count = kept_rows(inside + 1, rate, offset) - absent
+                if count <= 0:
+                    continue
+                k_size, k_stride = (run.rows, heads, count, head_dim), (row, step * head, place, 1)
+                k_from = run.row * row + low * head + (self._edges[branch] + absent) * place
+                size, q_step, at = (run.rows, heads, group, head_dim), step * group, low * group
+                tile_out, tile_lse = kernel.attend(
+                    q.as_strided(
+                        size, (q_row, q_step * q_head, q_head, 1), q.storage_offset() + run.row * q_row + at * q_head
+                    ),
+                    self.keys.as_strided(k_size, k_stride, k_from),
+                    self.values.as_strided(k_size, k_stride, k_from),
+                    is_causal=False,
+                    scale=scale,
+                )
+                so_far = (
+                    out.as_strided(size, (out_row, q_step * out_head, out_head, 1), run.row * out_row + at * out_head),
+                    lse.as_strided(size[:3], (lse_row, q_step * lse_head, lse_head), run.row * lse_row + at * lse_head),
+                )
+                if is_first and branch == 0:
+                    so_far[0].copy_(tile_out)
+                    so_far[1].copy_(tile_lse)
+                else:
+                    merge_(*so_far, tile_out, tile_lse)
+
+    def _heads_that_see(self, branch: int, phase: int, first: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first head, heads, their distance, an offset of theirs) of those that attend from a position's phase.
+
+        Those of one call see equally many rows: offsets up to the phase have one row more than those after it, and
+        those before the phase of the first position one row less.
+        """
+        is_dense = self.pattern.queries == "all"
+        for grid in self._grids[branch]:
+            for part in grid.cut(*(place - grid.offset for place in (phase, phase + 1, first))):
+                if not (is_dense or part.offset == phase):
+                    continue
+                if part.heads == 1:
+                    yield part.head, part.offsets, part.offset_step, part.offset
+                elif part.offset_step == part.heads * part.head_step:
+                    yield part.head, part.offsets * part.heads, part.head_step, part.offset
+                else:
+                    for index in range(part.offsets):
+                        yield part.head + index * part.offset_step, part.heads, part.head_step, part.offset + index
 
     def _runs(self, tokens: int, bounds: Tensor | None) -> tuple[Run, ...]:
         """Return where the real tokens of each batch row lie, equal neighbours as one run."""
@@ -391,21 +425,11 @@ class StreamState:
 
 class _WithoutGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, state: StreamState, q: Tensor, k: Tensor, v: Tensor, scale: float | None, bounds: Tensor | None
-    ) -> Tensor:
-        return state._attend(q, k, v, scale, bounds)
+    def forward(ctx: Any, state: StreamState, *arguments: Any) -> Tensor:
+        return state._attend(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
             "a DilatedCache keeps no gradients: train without a cache, or with transformers' DynamicCache"
         )
-
-
-def _offsets(pattern: DilationPattern, rate: int, num_kv_heads: int) -> tuple[int, int, int]:
-    """Return how many offsets the heads have, how far apart heads of one offset are, and the first heads of two."""
-    if pattern.head_offsets == "mod":
-        return min(rate, num_kv_heads), rate, 1
-    per_offset = -(-num_kv_heads // rate)
-    return -(-num_kv_heads // per_offset), 1, per_offset

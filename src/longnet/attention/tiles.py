@@ -9,7 +9,8 @@ from torch import Tensor
 
 from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.merge import merge_
-from longnet.attention.views import Tile, blocks
+from longnet.attention.plan import Tile
+from longnet.attention.views import blocks
 
 _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
 

@@ -77,11 +77,11 @@ def test_the_whole_op_on_cuda_by_shape(kernel, monkeypatch):
     monkeypatch.setattr(dispatch, "choose", lambda *_: kernel)
     q = torch.empty(2, 300, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     k, v = (torch.empty(2, 300, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "kv")
-    settings = (None, [64, 128, 96], [1, 2, 5], "mod", True, 0.1, "auto")
+    settings = ([64, 128, 96], [1, 2, 5], "mod", "all", 0, [], True, 0.1, "auto")
     forward, backward = registration.implement(dilated._lay_out)
-    out, lse = forward(q, k, v, *settings)
+    out, lse = forward(q, k, v, None, None, *settings)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
-    grads = backward(torch.empty_like(out), q, k, v, out, lse, *settings)
+    grads = backward(torch.empty_like(out), q, k, v, out, lse, None, *settings)
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 
