@@ -212,7 +212,8 @@ def _check(
     ):
         raise ValueError(
             f"sinks must be (query heads,) = {tuple(q.shape[1:2])} or (batch, query heads, queries) = "
-            f"{tuple(q.shape[:3])}, floating point, on {q.device}, got {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+            f"{tuple(q.shape[:3])}, floating point, on {q.device}, got {tuple(sinks.shape)} {sinks.dtype} "
+            f"on {sinks.device}"
         )
     if padding_mask is not None and cu_seqlens is not None:
         raise ValueError("give padding_mask or cu_seqlens, not both: packed documents need no padding")

@@ -405,7 +405,7 @@ class DilationPattern:
 
 
 class OffsetGrid(NamedTuple):
-    """Heads `head + i · offset_step + j · head_step`, i < offsets, j < heads, each of which keeps offset `offset + i`."""
+    """Heads `head + i · offset_step + j · head_step`, i < offsets, j < heads, each with offset `offset + i`."""
 
     head: int
     offset: int
@@ -415,7 +415,7 @@ class OffsetGrid(NamedTuple):
     head_step: int
 
     def cut(self, *places: int) -> Iterator[OffsetGrid]:
-        """Yield the grid in parts that begin at the `i` given, those outside it left out; none where no head is in it."""
+        """Yield the grid in parts that begin at the `i` given, those outside left out; none where it has no head."""
         cuts = sorted({0, self.offsets, *(place for place in places if 0 < place < self.offsets)})
         for low, high in itertools.pairwise(cuts if self.heads else ()):
             yield self._replace(head=self.head + low * self.offset_step, offset=self.offset + low, offsets=high - low)
