@@ -224,7 +224,7 @@ def count_flops(model: LongNetForCausalLM, *, tokens: int, sequences: int) -> di
 def describe_pattern(config: LongNetConfig, attention: str) -> str:
     """Return the pattern of an attention in words."""
     if attention == "dilated":
-        return f"segments:rates {pattern_of(config)}"
+        return f"segments:rates {pattern_of(config)}" + ", offsets rotate with depth" * config.rotate_offsets
     if attention == "sparse_fixed":
         pattern = sparse_pattern_of(config)
         return f"block {pattern.block}, summary {pattern.summary} of each {pattern.step}"

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
-from longnet.model.patterns import pattern_of
+from longnet.model.patterns import heads_of, pattern_of
 from longnet.model.versions import TELLS_WHAT_TO_RECORD
 
 _FORMAT = "longnet cache 1"
@@ -223,7 +223,8 @@ class DilatedCache(Cache):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.pattern, self.start = pattern_of(config), start
         layers = [
-            DilatedLayer(self.pattern, start=start, max_tokens=max_tokens) for _ in range(config.num_hidden_layers)
+            DilatedLayer(pattern_of(config, layer), start=start, max_tokens=max_tokens)
+            for layer in range(config.num_hidden_layers)
         ]
         super().__init__(layers=[*layers])
         if batch_size is not None and dtype is not None and device is not None:
@@ -269,7 +270,7 @@ class DilatedCache(Cache):
         for index, state in enumerate(states):
             tensors[f"{index}.keys"], tensors[f"{index}.values"] = state.keys.contiguous(), state.values.contiguous()
         about = {
-            "pattern": str(self.pattern),
+            "pattern": str(self.layers[-1].pattern),  # which says whether offsets rotate
             "start": self.start,
             "columns": [layer.columns for layer in self.layers],
             "max_tokens": [state.max_tokens for state in states],
@@ -319,10 +320,10 @@ class DilatedCache(Cache):
             raise ValueError(f"{path} is damaged: its checksum does not match; make it anew")
         about = json.loads(text)
         cache = cls(config, start=about["start"])
-        if about["pattern"] != str(cache.pattern) or len(about["next"]) != len(cache.layers):
+        if about["pattern"] != str(cache.layers[-1].pattern) or len(about["next"]) != len(cache.layers):
             raise ValueError(
                 f"{path} holds {len(about['next'])} layers of the pattern {about['pattern']}, the model has "
-                f"{len(cache.layers)} of {cache.pattern}"
+                f"{len(cache.layers)} of {cache.layers[-1].pattern}"
             )
         for index, layer in enumerate(cache.layers):
             keys, values = tensors[f"{index}.keys"].to(device), tensors[f"{index}.values"].to(device)
@@ -345,13 +346,6 @@ def refusal(config: PreTrainedConfig) -> str | None:
     if getattr(config, "kv_sharing_modes", None) is not None:
         return "its layers share keys and values"
     return None
-
-
-def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the key/value heads and their dimension that a config tells of."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, head_dim
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:

@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
-from longnet.attention.pattern import DilationPattern, HeadOffsets
+from longnet.attention.pattern import DilationPattern, HeadOffsets, Queries
+from longnet.model.patterns import pattern_of
 from longnet.model.positions import xpos_span
 from longnet.model.versions import FieldsConfig
 
@@ -73,6 +74,10 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         segment_lengths: w_i of the branches, in tokens (arXiv:2307.02486 eq. 3-12).
         dilation_rates: r_i of the branches.
         head_offsets: `"mod"` (the paper) or `"block"` (torchscale).
+        queries: `"kept"`, a branch drops queries as it drops keys (the paper), or `"all"`, every query of a segment
+            attends to the keys kept.
+        rotate_offsets: shift the heads' offsets by num_key_value_heads a layer, so that rates above the number of heads
+            leave out no position.
         sparse_block: tokens of a block of the Sparse Transformer's fixed pattern (arXiv:1904.10509 §4.3), for
             `attn_implementation="sparse_fixed"`.
         sparse_summary: its last positions of each stride, which all later tokens see.
@@ -117,6 +122,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
     head_offsets: HeadOffsets = "mod"
+    queries: Queries = "kept"
+    rotate_offsets: bool = False
     sparse_block: int | None = None
     sparse_summary: int | None = None
     sparse_stride: int | None = None
@@ -176,8 +183,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
 
     @property
     def pattern(self) -> DilationPattern:
-        """The branches of dilated attention."""
-        return DilationPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        """The branches of dilated attention, with the first layer's offsets."""
+        return pattern_of(self)
 
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = kwargs.keys() - _OF_TRANSFORMERS
@@ -195,7 +202,7 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self._check_positions()
-        DilationPattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+        pattern_of(self)
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = kwargs.pop("_attn_implementation", None) or "dilated"
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections import Counter
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import sparse_pattern_of
+from longnet.model.patterns import pattern_of, sparse_pattern_of
 
 
 def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
@@ -21,10 +22,15 @@ def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
     heads, head_dim = config.num_attention_heads, cast("int", config.head_dim)  # the configuration has filled it in
     kind = config._attn_implementation
     if kind == "dilated":
-        flops = config.pattern.flops(
-            tokens=tokens, num_heads=heads, head_dim=head_dim, is_causal=True, num_kv_heads=config.num_key_value_heads
-        )
-    elif kind == "sparse_fixed":
+        sizes: dict[str, Any] = {
+            "tokens": tokens,
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "num_kv_heads": config.num_key_value_heads,
+        }
+        patterns = [pattern_of(config, layer) for layer in range(config.num_hidden_layers)]
+        return sum(count * pattern.flops(**sizes, is_causal=True) for pattern, count in Counter(patterns).items())
+    if kind == "sparse_fixed":
         flops = sparse_pattern_of(config).flops(tokens=tokens, num_heads=heads, head_dim=head_dim)
     else:
         dense = DilationPattern((max(1, tokens),), (1,))

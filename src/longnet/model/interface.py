@@ -21,7 +21,7 @@ from longnet.attention.sequence_parallel import attend_slice, gather_slices
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
-from longnet.model.patterns import is_of, pattern_of, sparse_pattern_of
+from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
 from longnet.model.sequence_parallel import current_group
 from longnet.model.versions import as_mask_function
 from longnet.model.visibility import Visible, visible_slice, visible_tokens
@@ -40,7 +40,7 @@ def dilated_attention_forward(
     """Attend along the pattern of `module.config`: the attention implementation "dilated".
 
     Args:
-        module: the attention layer; its config holds segment_lengths, dilation_rates and, optionally, head_offsets.
+        module: the attention layer; its config holds the pattern (`longnet.model.patterns.pattern_of`).
         query: (B, H, Tq, D).
         key: (B, G, Tk, D), everything in the cache included.
         value: (B, G, Tk, D).
@@ -57,12 +57,14 @@ def dilated_attention_forward(
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
     config = cast("PreTrainedConfig", module.config)
+    layer = layer_of(module)
     if isinstance(key, StreamedKeys):
         pattern = key.layer.pattern  # made once; a step is short
-        if not is_of(pattern, config):
-            raise ValueError(f"this DilatedCache is for the pattern {pattern}, the model's is {pattern_of(config)}")
+        if not is_of(pattern, config, layer):
+            wanted = pattern_of(config, layer)
+            raise ValueError(f"this DilatedCache is for the pattern {pattern}, the model's is {wanted}")
     else:
-        pattern = pattern_of(config)
+        pattern = pattern_of(config, layer)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
         if isinstance(key, StreamedKeys):
@@ -126,7 +128,7 @@ def _attend(call: Call, attend: Callable[..., Tensor]) -> tuple[Tensor, None]:
     return out.transpose(1, 2), None
 
 
-def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
+def use_dilated_attention(model: nn.Module, pattern: DilationPattern, *, rotate_offsets: bool = False) -> None:
     """Turn a loaded Hugging Face model into its dilated self, in place; no weight changes.
 
     The pattern goes into the config, so that `save_pretrained` keeps it; which attention to use is not saved, so load
@@ -135,21 +137,31 @@ def use_dilated_attention(model: nn.Module, pattern: DilationPattern) -> None:
     Args:
         model: a `PreTrainedModel`, or a module around one (PEFT).
         pattern: the branches.
+        rotate_offsets: shift the heads' offsets with depth, by the number of key/value heads a layer, so that rates
+            above that number leave out no position.
 
     Raises:
         TypeError: `pattern` is no DilationPattern, or `model` holds no Hugging Face model.
-        ValueError: a model whose attention cannot be chosen.
+        ValueError: a model whose attention cannot be chosen, or a pattern for some of a layer's heads, or shifted.
     """
     if not isinstance(pattern, DilationPattern):
         raise TypeError(
             f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text"
+        )
+    if pattern.offset_shift or pattern.head_shard is not None:
+        raise ValueError(
+            f"a model shifts offsets by layer and knows its own heads, got {pattern!r}: rotate_offsets=True shifts them"
         )
     _use(
         model, "dilated",
         segment_lengths=list(pattern.segment_lengths),
         dilation_rates=list(pattern.dilation_rates),
         head_offsets=pattern.head_offsets,
+        queries=pattern.queries,
+        rotate_offsets=rotate_offsets,
     )  # fmt: skip
+    for config in {id(inner.config): inner.config for inner in _models_in(model)}.values():
+        warn_of_unseen(pattern, config.get_text_config())
 
 
 def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) -> None:
@@ -169,7 +181,7 @@ def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) ->
 
 
 def _use(model: nn.Module, name: str, **fields: Any) -> None:
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    models = _models_in(model)
     if not models:
         raise TypeError(f"a Hugging Face model is expected, got {type(model).__name__}, which holds no PreTrainedModel")
     models[0].set_attn_implementation(name)
@@ -179,6 +191,10 @@ def _use(model: nn.Module, name: str, **fields: Any) -> None:
     for config in {id(module.config): module.config for module in model.modules() if _has_config(module)}.values():
         for name_of_field, value in fields.items():
             setattr(config, name_of_field, value)
+
+
+def _models_in(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _has_config(module: nn.Module) -> bool:

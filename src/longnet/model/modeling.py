@@ -23,6 +23,7 @@ from longnet.attention.sequence_parallel import gather_slices
 from longnet.model import interface  # noqa: F401  # registers "dilated" with transformers
 from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
+from longnet.model.patterns import warn_of_unseen
 from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
 from longnet.model.versions import CACHE, capture_outputs, columns_of, query_offset
@@ -209,6 +210,8 @@ class LongNetModel(LongNetPreTrainedModel):
                 xpos_scale_base=config.xpos_scale_base if config.position_embedding == "xpos" else None,
                 max_position_embeddings=config.max_position_embeddings,
             )
+        if config._attn_implementation == "dilated":
+            warn_of_unseen(config.pattern, config)
         self.layers = nn.ModuleList(LongNetDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 
 
-def pattern_of(config: PreTrainedConfig) -> DilationPattern:
-    """Read the pattern that a config holds in segment_lengths, dilation_rates and, if not "mod", head_offsets.
+def pattern_of(config: PreTrainedConfig, layer: int = 0) -> DilationPattern:
+    """Read the pattern of a layer that a config holds in segment_lengths and dilation_rates.
+
+    head_offsets ("mod"), queries ("kept") and rotate_offsets (False) may be missing. With rotate_offsets the offsets of
+    layer l are those of the first, shifted by l · G for G key/value heads: where a rate exceeds the heads, ceil(r / G)
+    layers see all phases.
 
     Raises:
         ValueError: the config holds none, or one that `DilationPattern` refuses.
@@ -21,16 +29,68 @@ def pattern_of(config: PreTrainedConfig) -> DilationPattern:
             "longnet.use_dilated_attention(model, pattern) on the loaded model, or set segment_lengths and "
             "dilation_rates in the config"
         )
-    return DilationPattern(tuple(lengths), tuple(rates), getattr(config, "head_offsets", None) or "mod")
+    return DilationPattern(tuple(lengths), tuple(rates), **_options(config, layer))
 
 
-def is_of(pattern: DilationPattern, config: PreTrainedConfig) -> bool:
-    """Say whether a config holds this pattern, without making one: a decoding step is short."""
+def is_of(pattern: DilationPattern, config: PreTrainedConfig, layer: int = 0) -> bool:
+    """Say whether a layer of a config holds this pattern, without making one: a decoding step is short."""
     return (
         pattern.segment_lengths == tuple(config.segment_lengths)
         and pattern.dilation_rates == tuple(config.dilation_rates)
-        and pattern.head_offsets == (getattr(config, "head_offsets", None) or "mod")
+        and all(getattr(pattern, name) == value for name, value in _options(config, layer).items())
     )
+
+
+def _options(config: PreTrainedConfig, layer: int) -> dict[str, Any]:
+    rotates = getattr(config, "rotate_offsets", None) or False
+    return {
+        "head_offsets": getattr(config, "head_offsets", None) or "mod",
+        "queries": getattr(config, "queries", None) or "kept",
+        "offset_shift": layer * heads_of(config)[0] if rotates else 0,
+    }
+
+
+def layer_of(module: nn.Module) -> int:
+    """Return which layer of its model an attention module is, 0 where all have one pattern.
+
+    Raises:
+        ValueError: offsets rotate with depth, and the module does not say its own.
+    """
+    layer = getattr(module, "layer_idx", None)
+    if layer is None and getattr(module.config, "rotate_offsets", None):
+        raise ValueError(
+            f"rotate_offsets shifts the offsets layer by layer, and {type(module).__name__} does not know which layer "
+            "it is: set rotate_offsets=False"
+        )
+    return layer or 0
+
+
+def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
+    """Warn where a model with a pattern has positions that no head of any layer keeps, in some branch."""
+    heads, layers = heads_of(config)[0], config.num_hidden_layers
+    rotates = getattr(config, "rotate_offsets", None) or False
+    for length, rate in pattern.branches:
+        kept = {
+            pattern.shifted(layer * heads).offset(rate, head, heads)
+            for layer in range(min(layers, rate) if rotates else 1)
+            for head in range(heads)
+        }
+        if len(kept) < min(rate, length):
+            mend = (
+                f"or more than {layers} layers" if rotates else "or rotate_offsets=True, which shifts them with depth"
+            )
+            warnings.warn(
+                f"in the branch {length}:{rate} of {pattern} no head keeps {min(rate, length) - len(kept)} of each "
+                f"{rate} positions, with {heads} key/value heads: choose rates up to {heads}, {mend}",
+                stacklevel=3,
+            )
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the key/value heads and their dimension that a config tells of."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim
 
 
 def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:
