@@ -1,6 +1,6 @@
 """What only a CUDA device can show: `make test-gpu`, which runs every test of a `device`, too.
 
-Without one, backends/test_sdpa.py checks shapes.
+Without one, backends/test_cuda.py checks shapes, and what the kernels hand to a simulation of ATen.
 """
 
 import pytest
@@ -9,6 +9,8 @@ from hypothesis import given, settings
 
 from cases import ON_CUDA, cases
 from longnet import DilationPattern, dilated_attention
+from longnet.attention import reference
+from longnet.attention.backends import dispatch
 from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, rounding_floor
 
 pytestmark = ON_CUDA
@@ -27,6 +29,60 @@ def test_the_fused_kernels_err_no_more_than_plain_pytorch(case, dtype):
         factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
         floor = rounding_floor(dtype, logit, magnitudes[name])
         assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
+
+
+LAYOUTS = {
+    "BHTD": lambda x: x.contiguous(),
+    "BTHD": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "packed": lambda x: torch.stack([x.transpose(1, 2)] * 3, 3)[:, :, :, 1].transpose(1, 2),
+    "misaligned": lambda x: torch.nn.functional.pad(x, (1, 4))[..., 1:-4],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", dispatch.KERNELS[1:], ids=lambda kernel: kernel.name)
+def test_every_kernel_dtype_and_layout_forward_and_backward(
+    kernel, dtype, head_dim, heads, layout, is_causal, monkeypatch
+):
+    """The whole op, whose tiles are strided and share heads, with one kernel doing all that it is given."""
+    reason = kernel.refusal(torch.device("cuda"), dtype, head_dim)
+    if reason is not None:
+        pytest.skip(f"{kernel.name} {reason}")
+    check_kernel(kernel, dtype, head_dim, heads, LAYOUTS[layout], is_causal, monkeypatch, "cuda")
+
+
+def check_kernel(kernel, dtype, head_dim, heads, lay_out, is_causal, monkeypatch, device):
+    """Check the op over a kernel on two documents' worth of tokens, whole segments and tails among them."""
+    general = next(
+        other
+        for other in (dispatch.KERNELS[2:] if kernel.name == "cuDNN" else [kernel])
+        if other.refusal(torch.device(device), dtype, head_dim) is None
+    )
+    first = dispatch.Planned(kernel, general) if kernel.name == "cuDNN" else kernel
+    monkeypatch.setattr(dispatch, "choose", lambda *_: dispatch.Kernels(general, first))
+    pattern, tokens = DilationPattern((64, 128, 256), (1, 2, 3)), 300
+    shapes = [(2, count, tokens, head_dim) for count in (heads[0], heads[1], heads[1], heads[0])]
+    exact = [lay_out(torch.randn(shape).to(dtype).double()) for shape in shapes]
+    q, k, v, dout = (lay_out(x.to(device, dtype)) for x in exact)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = dilated_attention(*leaves, pattern, is_causal=is_causal, return_lse=True)
+    got = out.detach(), lse, *torch.autograd.grad(out, leaves, dout)
+
+    def run(dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in exact[:3]]
+        out, lse = reference.attend(*leaves, pattern, bounds=None, is_causal=is_causal, scale=head_dim**-0.5)
+        return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, exact[3].to(dtype))
+
+    for name, mine, plain, want in zip(
+        ("out", "lse", "dq", "dk", "dv"), got, run(dtype), run(torch.float64), strict=True
+    ):
+        factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
+        assert_as_good_as_plain(name, mine.cpu(), plain, want, factor)
 
 
 @pytest.mark.parametrize("tokens", [64, 192, 320, 1000, 4096])

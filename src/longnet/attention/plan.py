@@ -9,6 +9,7 @@ which `views.blocks` folds into the kernel's two.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,7 +37,10 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """`size` repetitions of a tile, each so many batch rows, positions and heads after the one before."""
+    """`size` repetitions of a tile, each so many batch rows, positions and heads after the one before.
+
+    Of the keys, `sharing` repetitions in a row read one head, and `kv_head` is the step from one such head to the next.
+    """
 
     size: int
     row: int = 0
@@ -44,6 +48,7 @@ class Axis:
     kv_position: int = 0
     q_head: int = 0
     kv_head: int = 0
+    sharing: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,8 @@ class Tile:
     up to j, of as many; otherwise every query sees every key. `is_first`: no earlier tile of the plan has written these
     queries, and they are also the rows of its keys. With `is_kept` the keys' tensor holds the kept rows of branch
     `branch` alone, one after the other, in place of every position: those before the tensors at hand or, with
-    `is_later`, those after them.
+    `is_later`, those after them. `is_whole`: of a whole segment of a sequence that fills the tensors, so that its
+    shapes come again at every step of a training run, which those of documents, tails and growing caches do not.
     """
 
     row: int
@@ -72,6 +78,7 @@ class Tile:
     branch: int = 0
     is_kept: bool = False
     is_later: bool = False
+    is_whole: bool = False
 
     @property
     def pairs(self) -> int:
@@ -114,13 +121,16 @@ def plan(
         if q_from >= run.stop - run.start:
             continue
         written += run.rows * (run.stop - run.start - q_from)
+        is_filling = run.rows == batch_size and run.start <= 0 and run.stop == k_tokens == q_tokens
         for index, (branch, (length, rate)) in enumerate(branches):
             is_first = index == 0 and rate == 1
             is_dense = pattern.queries == "all" and rate > 1
             for segments in _segments(run, length, q_from):
+                is_whole = is_filling and segments.positions == length and not segments.queried
                 for rows in segments.kept(pattern, rate, num_heads, num_kv_heads):
-                    tiles += _see_own(rows, is_dense, is_causal, is_partial, is_first, skipped)
-                    tiles += _see_others(rows, is_dense, is_causal, is_partial, branch, skipped)
+                    own = _see_own(rows, is_dense, is_causal, is_partial, is_first, skipped)
+                    others = _see_others(rows, is_dense, is_causal, is_partial, branch, skipped)
+                    tiles += (replace(tile, is_whole=is_whole) for tile in itertools.chain(own, others))
     return Plan(tuple(tiles), is_complete=branches[0][1][1] == 1 and written == batch_size * q_tokens)
 
 

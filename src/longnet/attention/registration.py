@@ -113,7 +113,7 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
         q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, sinks: Tensor | None, *settings_scale_backend: Any
     ) -> tuple[Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
-        kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+        kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         q, k, v = (rows_dense(x) for x in (q, k, v))
         out, lse = empty_like(q), empty_lse(q)
@@ -122,12 +122,12 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
             lse.fill_(-torch.inf)
         for part in parts:
             if part.keys is None:
-                out, lse = attend_tiles(kernel, part.tiles, q, k, v, out, lse, scale=scale)
+                out, lse = attend_tiles(kernels, part.tiles, q, k, v, out, lse, scale=scale)
             else:
                 positions = part.keys(k.device)
                 k_seen, v_seen = (x[part.rows].index_select(2, positions) for x in (k, v))
                 attend_tiles(
-                    kernel, part.tiles, q[part.rows], k_seen, v_seen, out[part.rows], lse[part.rows], scale=scale
+                    kernels, part.tiles, q[part.rows], k_seen, v_seen, out[part.rows], lse[part.rows], scale=scale
                 )
         if sinks is not None:
             merge_sinks_(out, lse, sinks)
@@ -144,7 +144,7 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
         *settings_scale_backend: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
-        kernel = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+        kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
         dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
@@ -153,13 +153,15 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
                 grad.zero_()
         for part in parts:
             if part.keys is None:
-                dq, dk, dv = differentiate_tiles(kernel, part.tiles, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+                dq, dk, dv = differentiate_tiles(
+                    kernels, part.tiles, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale
+                )
                 continue
             rows, positions = part.rows, part.keys(k.device)
             k_seen, v_seen = (x[rows].index_select(2, positions) for x in (k, v))
             dk_seen, dv_seen = empty_like(k_seen).zero_(), empty_like(v_seen).zero_()
             differentiate_tiles(
-                kernel, part.tiles, dout[rows], q[rows], k_seen, v_seen, out[rows], lse[rows],
+                kernels, part.tiles, dout[rows], q[rows], k_seen, v_seen, out[rows], lse[rows],
                 (dq[rows], dk_seen, dv_seen), scale=scale,
             )  # fmt: skip
             dk[rows].index_add_(2, positions, dk_seen)

@@ -215,7 +215,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and the halo of keys and values, (2, B, G, rows, D), which the backward pass reads again."""
     layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
-    kernel = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
     received = k.new_empty(0, 2, k.shape[3])
     if layout.is_exchanging:
         received = _exchange(send_rows((k, v), layout), layout.sent_counts, layout.received_counts, group)
@@ -224,11 +224,11 @@ def _op(
     if not layout.is_complete:
         out.zero_()
         lse.fill_(-torch.inf)
-    out, lse = attend_tiles(kernel, layout.own, q, k, v, out, lse, scale=scale)
+    out, lse = attend_tiles(kernels, layout.own, q, k, v, out, lse, scale=scale)
     if layout.is_exchanging:
         received = _wait(received)
     halo = make_halo(received, layout, k.shape[0], k.shape[1])
-    out, lse = attend_tiles(kernel, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    out, lse = attend_tiles(kernels, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
     if sinks is not None:
         merge_sinks_(out, lse, sinks)
     return out.to(q.dtype), lse, halo
@@ -255,14 +255,14 @@ def _op_backward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
-    kernel = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
     # The halo first: its gradients travel while the rest is computed.
     dq_halo, coming = None, None
     if layout.halo:
         dq_halo, dhalo = empty_like(q).zero_(), empty_like(halo).zero_()
         grads = (dq_halo, dhalo[0], dhalo[1])
-        differentiate_tiles(kernel, layout.halo, dout, q, halo[0], halo[1], out, lse, grads, scale=scale)
+        differentiate_tiles(kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, grads, scale=scale)
     else:
         dhalo = halo
     if layout.is_exchanging:
@@ -272,7 +272,7 @@ def _op_backward(
     if not layout.is_complete:
         for grad in (dq, dk, dv):
             grad.zero_()
-    dq, dk, dv = differentiate_tiles(kernel, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+    dq, dk, dv = differentiate_tiles(kernels, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
     if dq_halo is not None:
         dq.add_(dq_halo)
     if coming is not None:

@@ -214,8 +214,11 @@ def _summaries(q: Tensor, k: Tensor, runs: tuple[Run, ...], pattern: SparseFixed
 
 
 def _summary_positions(run: Run, pattern: SparseFixedPattern, device: torch.device) -> Tensor:
-    before = torch.arange((run.stop - run.start - 1) // pattern.block * pattern.block, device=device)
-    return run.start + before[before % pattern.step >= pattern.step - pattern.summary]
+    # Counted, not searched for: a boolean index would wait for the device.
+    end = (run.stop - run.start - 1) // pattern.block * pattern.block
+    steps = torch.arange(0, end, pattern.step, device=device)
+    positions = steps[:, None] + torch.arange(pattern.step - pattern.summary, pattern.step, device=device)
+    return run.start + positions.flatten()[: pattern.summaries_before(end)]
 
 
 _op = register("sparse_fixed_attention", "SymInt block, SymInt stride, SymInt summary", _lay_out)

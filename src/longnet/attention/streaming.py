@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longnet.attention.backends import dispatch, sdpa
+from longnet.attention.backends import dispatch
+from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.merge import merge_, merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.plan import Run, Tile, kept_tiles, plan
@@ -133,7 +134,7 @@ class StreamState:
         self._check(q, k, v)
         head_dim, tokens = q.shape[3], q.shape[2]
         scale = head_dim**-0.5 if scale is None else float(scale)
-        kernel = dispatch.choose("auto", q.device, q.dtype, head_dim)
+        kernels = dispatch.choose("auto", q.device, q.dtype, head_dim)
         q, k, v = (rows_dense(x) for x in (q, k, v))
         runs = self._runs(tokens, bounds)
         self._reserve(max((run.stop - run.start for run in runs), default=0))
@@ -145,9 +146,9 @@ class StreamState:
                 out.zero_()
                 lse.fill_(-torch.inf)
             for run in runs:
-                self._attend_position(kernel, q, k, v, out, lse, run, scale, is_first=is_written)
+                self._attend_position(kernels.general, q, k, v, out, lse, run, scale, is_first=is_written)
         else:
-            out, lse = self._attend_many(kernel, q, k, v, out, lse, runs, scale)
+            out, lse = self._attend_many(kernels, q, k, v, out, lse, runs, scale)
             self._keep(k, v, runs)
         self._advance(tokens, runs)
         if sinks is not None:
@@ -173,7 +174,7 @@ class StreamState:
 
     def _attend_many(
         self,
-        kernel: sdpa.Kernel,
+        kernels: dispatch.Kernels,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -190,13 +191,13 @@ class StreamState:
             out.zero_()
             lse.fill_(-torch.inf)
         own = [tile for tile in tiles if not tile.is_kept]
-        out, lse = attend_tiles(kernel, own, q, k, v, out, lse, scale=scale)
+        out, lse = attend_tiles(kernels, own, q, k, v, out, lse, scale=scale)
         kept: dict[int, list[Tile]] = {}
         for tile in tiles:
             if tile.is_kept:
                 kept.setdefault(tile.branch, []).append(tile)
         for branch, of_branch in kept.items():
-            out, lse = attend_tiles(kernel, of_branch, q, *self._of_branch(branch), out, lse, scale=scale)
+            out, lse = attend_tiles(kernels, of_branch, q, *self._of_branch(branch), out, lse, scale=scale)
         return out, lse
 
     def _keep(self, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> None:
@@ -209,7 +210,7 @@ class StreamState:
 
     def _attend_position(
         self,
-        kernel: sdpa.Kernel,
+        kernel: Kernel,
         q: Tensor,
         k: Tensor,
         v: Tensor,

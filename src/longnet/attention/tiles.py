@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from longnet.attention.backends.sdpa import Kernel
+from longnet.attention.backends.cuda import INT32_MAX
+from longnet.attention.backends.dispatch import Kernels
 from longnet.attention.merge import merge_
 from longnet.attention.plan import Tile
 from longnet.attention.views import blocks
@@ -16,12 +18,12 @@ _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is
 
 
 def attend_tiles(
-    kernel: Kernel, tiles: Iterable[Tile], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float
+    kernels: Kernels, tiles: Iterable[Tile], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Fold what `tiles` see into `out` and `lse`: in place, but for a first tile that is taken as it comes.
 
     Args:
-        kernel: computes one tile.
+        kernels: compute a tile each.
         tiles: rows of q against rows of k and v.
         q: (B, H, Tq, D), last stride 1.
         k: (B, G, Tk, D), last stride 1.
@@ -34,7 +36,8 @@ def attend_tiles(
         out and lse, the ones given where no tile is its queries' first.
     """
     for tile in tiles:
-        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q)):
+        kernel = kernels.of(tile)
+        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q), groups_heads=kernel.groups_heads):
             tile_out, tile_lse = kernel.attend(
                 block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
             )
@@ -46,7 +49,7 @@ def attend_tiles(
 
 
 def differentiate_tiles(
-    kernel: Kernel,
+    kernels: Kernels,
     tiles: Iterable[Tile],
     dout: Tensor,
     q: Tensor,
@@ -61,7 +64,7 @@ def differentiate_tiles(
     """Add the tiles' shares of dq, dk, dv to `grads`, as `attend_tiles` does; `out` and `lse` are the merged ones.
 
     Args:
-        kernel: computes one tile.
+        kernels: compute a tile each.
         tiles: as in `attend_tiles`.
         dout: (B, H, Tq, D), last stride 1.
         q: as in `attend_tiles`, like k and v.
@@ -77,7 +80,9 @@ def differentiate_tiles(
     """
     dq, dk, dv = grads
     for tile in tiles:
-        for block in blocks(tile, (dout, q, out, lse, dq), (k, v, dk, dv), _max_rows(q)):
+        kernel = kernels.of(tile)
+        q_like, kv_like = (dout, q, out, lse, dq), (k, v, dk, dv)
+        for block in blocks(tile, q_like, kv_like, _max_rows(q), groups_heads=kernel.groups_heads):
             parts = kernel.attend_backward(
                 block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
                 is_causal=tile.is_causal, scale=scale,
@@ -90,13 +95,23 @@ def differentiate_tiles(
 
 
 def rows_dense(x: Tensor) -> Tensor:
-    """Return x with a last stride of 1 and rows that do not overlap, copied if need be.
+    """Return x as kernels can read it, copied if need be.
 
-    ATen's CPU kernel reads garbage, silently, where the last stride is another; where rows overlap (`unfold`), what is
-    allocated in their layout is no layout.
+    Its last stride is 1 and its rows do not overlap: ATen's CPU kernel reads garbage, silently, where the last stride
+    is another; where rows overlap (`unfold`), what is allocated in their layout is no layout. Off the CPU its rows
+    begin at multiples of 16 bytes, which kernels there load at once; such a copy has the strides that `empty_like`
+    gives to x, so that results are laid out alike with and without it.
     """
     overlaps = 0 < x.stride(2) < x.shape[3] and x.shape[2] > 1
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(3) != 1 or overlaps else x
+    if x.stride(3) != 1 or overlaps:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x if x.device.type == "cpu" or isinstance(x, FakeTensor) or is_aligned(x) else x.clone()
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Say whether all rows of x (…, D) begin at multiples of 16 bytes."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(step * x.dtype.itemsize % 16 == 0 for step in steps)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -133,5 +148,5 @@ def _write(total: Tensor, view: Tensor, part: Tensor) -> Tensor:
 
 def _max_rows(q: Tensor) -> int:
     if q.device.type != "cpu":
-        return 2**31
+        return INT32_MAX
     return _CPU_CALL_BYTES * torch.get_num_threads() // (q.shape[3] * q.dtype.itemsize)

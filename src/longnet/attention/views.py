@@ -40,7 +40,8 @@ class Block(NamedTuple):
         """View the rows of the keys, or of anything laid out like them; an axis that shares them has stride 0."""
         tile = self.tile
         steps = [(axis.row, axis.kv_head, axis.kv_position) for axis in (self.batch, self.heads)]
-        return self._view(x_BGT, steps, (tile.row, tile.kv_head, tile.k_start), tile.k_rows, tile.k_rate)
+        start = tile.row, tile.kv_head, tile.k_start
+        return self._view(x_BGT, steps, start, tile.k_rows, tile.k_rate, sharing=self.heads.sharing)
 
     def kv_once(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, each once: size 1 on an axis that shares them. For what is added up there."""
@@ -51,20 +52,34 @@ class Block(NamedTuple):
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """The kernel axes on which several query heads share one key/value head."""
-        return tuple(dim for dim, axis in enumerate((self.batch, self.heads)) if axis.size > 1 and _shares_keys(axis))
+        """The kernel axes along which the keys are the same, by a stride of 0."""
+        axes = enumerate((self.batch, self.heads))
+        return tuple(dim for dim, axis in axes if axis.size > 1 and axis.sharing == 1 and _shares_keys(axis))
 
-    def _view(self, x: Tensor, steps: Sequence[Place], start: Place, rows: int, rate: int) -> Tensor:
+    def _view(
+        self, x: Tensor, steps: Sequence[Place], start: Place, rows: int, rate: int, *, sharing: int = 1
+    ) -> Tensor:
         outer, (position_stride, *rest) = x.stride()[:3], x.stride()[2:]
-        strides = [_dot(step, outer) for step in steps]
+        sizes = self.batch.size, self.heads.size // sharing
+        # An axis of one entry has a stride of x, since kernels look at strides before sizes.
+        strides = [
+            _dot(step, outer) if size > 1 else own for step, size, own in zip(steps, sizes, outer[:2], strict=True)
+        ]
         return x.as_strided(
-            (self.batch.size, self.heads.size, rows, *x.shape[3:]),
+            (*sizes, rows, *x.shape[3:]),
             (*strides, rate * position_stride, *rest),
             x.storage_offset() + _dot(start, outer),
         )
 
 
-def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_rows: int) -> tuple[Block, ...]:
+def blocks(
+    tile: Tile,
+    q_like: Sequence[Tensor],
+    kv_like: Sequence[Tensor],
+    max_rows: int,
+    *,
+    groups_heads: bool = False,
+) -> tuple[Block, ...]:
     """Fold a tile's axes into kernel calls of at most `max_rows` query rows where the batch axis can be cut.
 
     Args:
@@ -72,13 +87,15 @@ def blocks(tile: Tile, q_like: Sequence[Tensor], kv_like: Sequence[Tensor], max_
         q_like: every tensor (B, H, T, …) that the call reads or writes at the queries' rows; one it writes is last.
         kv_like: every tensor (B, G, T, …) that it reads or writes at the keys' rows.
         max_rows: bound on batch · heads · rows of one call; a call has at least one batch entry.
+        groups_heads: the kernel takes fewer heads of keys than of queries.
     """
-    return _blocks(tile, tuple(x.stride()[:3] for x in q_like), tuple(x.stride()[:3] for x in kv_like), max_rows)
+    q_strides, kv_strides = (tuple(x.stride()[:3] for x in tensors) for tensors in (q_like, kv_like))
+    return _blocks(tile, q_strides, kv_strides, max_rows, groups_heads)
 
 
 @functools.lru_cache(maxsize=1024)
 def _blocks(
-    tile: Tile, q_strides: tuple[Strides, ...], kv_strides: tuple[Strides, ...], max_rows: int
+    tile: Tile, q_strides: tuple[Strides, ...], kv_strides: tuple[Strides, ...], max_rows: int, groups_heads: bool
 ) -> tuple[Block, ...]:
     axes = _fold([axis for axis in tile.axes if axis.size > 1], q_strides, kv_strides)
     axes.sort(key=lambda axis: -axis.size)
@@ -87,7 +104,12 @@ def _blocks(
     # Kernels answer in the layout (batch, rows, heads, D): that of the queries, if heads is what lies between two rows.
     row, head, position = q_strides[-1]
     step = batch.row * row + batch.q_head * head + batch.q_position * position
-    if step < tile.q_rate * position and batch.size * heads.size * tile.q_rows <= max_rows and batch.size <= _MAX_BATCH:
+    grouped = _group_heads(axes) if groups_heads else None
+    if grouped:
+        heads, batch, *looped = grouped
+    elif (
+        step < tile.q_rate * position and batch.size * heads.size * tile.q_rows <= max_rows and batch.size <= _MAX_BATCH
+    ):
         batch, heads = heads, batch
     at_once = min(batch.size, _MAX_BATCH, max(1, max_rows // (heads.size * tile.q_rows)))
     calls = []
@@ -123,6 +145,23 @@ _MAX_BATCH = 65535  # a CUDA grid's second and third dimensions end there
 
 def _shares_keys(axis: Axis) -> bool:
     return axis.row == axis.kv_position == axis.kv_head == 0
+
+
+def _group_heads(axes: list[Axis]) -> list[Axis] | None:
+    """Return axes whose first holds queries that share key heads, as a kernel with grouped heads takes them.
+
+    None where there are none, or where two other axes are larger and had better not be looped over.
+    """
+    sharing = [axis for axis in axes if axis.size > 1 and _shares_keys(axis)]
+    for shared, axis in itertools.product(sharing, axes):
+        is_of_heads = axis.row == axis.q_position == axis.kv_position == 0 and axis.kv_head
+        if is_of_heads and axis.q_head == shared.size * shared.q_head:
+            heads = replace(shared, size=axis.size * shared.size, kv_head=axis.kv_head, sharing=shared.size)
+            return [heads, *(other for other in axes if other is not shared and other is not axis), Axis(1)]
+    for shared in sharing:
+        if shared in axes[:2]:
+            return [replace(shared, sharing=shared.size), *(axis for axis in axes if axis is not shared), Axis(1)]
+    return None
 
 
 def _fold(axes: list[Axis], q_strides: Sequence[Strides], kv_strides: Sequence[Strides]) -> list[Axis]:

@@ -144,7 +144,7 @@ def tiles(settings: Settings, device: torch.device) -> Iterator[Row]:
         repeats = longest // rows  # of heads and of calls: a round of each case computes equally many full scores
         heads = repeats * torch.get_num_threads()  # whole ones a thread: two halves of a causal head are unequal work
         q, k, v, _ = (x.detach() for x in _tensors(rows, replace(settings, num_heads=heads), device))
-        kernel = dispatch.choose("sdpa", device, q.dtype, settings.head_dim)
+        kernel = dispatch.choose("sdpa", device, q.dtype, settings.head_dim).repeated
         for is_causal in (False, True):
             cases.append(functools.partial(_attend_often, kernel, q, k, v, is_causal=is_causal, calls=repeats))
             pairs = rows * (rows + 1) // 2 if is_causal else rows**2
@@ -302,7 +302,7 @@ def gate(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern
 
 
 def _expected(q: Tensor, gathered: Sequence[Gathered]) -> list[Tensor]:
-    kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3])
+    kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3]).repeated
     scale = q.shape[3] ** -0.5
     lses = torch.full((q.shape[1], q.shape[2], 1), -torch.inf, device=q.device)
     results = []
@@ -337,7 +337,7 @@ def _stack(gathered: Sequence[Gathered]) -> list[tuple[Tensor, Tensor, Tensor, T
 
 def _bare(blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], *, backward: bool) -> None:
     for q, k, v, dout in blocks:
-        kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3])
+        kernel = dispatch.choose("sdpa", q.device, q.dtype, q.shape[3]).repeated
         out, lse = kernel.attend(q, k, v, is_causal=True, scale=q.shape[3] ** -0.5)
         if backward:
             kernel.attend_backward(dout, q, k, v, out, lse, is_causal=True, scale=q.shape[3] ** -0.5)

@@ -1,0 +1,236 @@
+"""The CUDA kernels without a GPU: by shape on meta tensors, and by what they hand to a simulation of ATen."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import simulated
+from cases import cases
+from longnet import DilationPattern, dilated_attention
+from longnet.attention import dilated, registration
+from longnet.attention.backends import cuda, dispatch
+from longnet.attention.tiles import is_aligned, rows_dense
+from tolerances import FLOAT64
+
+KERNELS = [cuda.CuDNN(), cuda.FlashCUDA(), cuda.Efficient()]
+BY_NAME = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+PATTERN = DilationPattern((16, 32), (1, 2))
+
+
+@pytest.fixture
+def aten(monkeypatch):
+    """Put a simulation of ATen's CUDA operators under the kernels."""
+    operators = simulated.Aten()
+    monkeypatch.setattr(cuda, "_aten", operators)
+    return operators
+
+
+def use(monkeypatch, kernel, general=None):
+    kernels = dispatch.Kernels(general or kernel, kernel)
+    monkeypatch.setattr(dispatch, "choose", lambda *_: kernels)
+
+
+def gradients(q, k, v, dout, pattern, **keywords):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = dilated_attention(*leaves, pattern, **keywords)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+@BY_NAME
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_kernels_by_shape(kernel, rows):
+    q, k, v, dout = (torch.empty(3, rows, 4, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "qkvo")
+    out, lse = kernel.attend(q, k, v, is_causal=True, scale=0.1)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+    merged = torch.empty(4, 3, rows, device="meta").transpose(0, 1)
+    grads = kernel.attend_backward(dout, q, k, v, out, merged, is_causal=True, scale=0.1)
+    assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+
+
+@BY_NAME
+@pytest.mark.parametrize("queries", ["kept", "all"])
+def test_the_whole_op_by_shape(kernel, queries, monkeypatch):
+    use(monkeypatch, kernel)
+    q = torch.empty(2, 300, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    k, v = (torch.empty(2, 300, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "kv")
+    arguments = ([64, 128, 96], [1, 2, 5], "mod", queries, 0, [], True, 0.1, "auto")
+    forward, backward = registration.implement(dilated._lay_out)
+    out, lse = forward(q, k, v, None, None, *arguments)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])
+    grads = backward(torch.empty_like(out), q, k, v, out, lse, None, *arguments)
+    assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+@BY_NAME
+@settings(max_examples=60)
+@given(case=cases(head_dims=(8, 16), max_tokens=60))
+def test_the_whole_op_over_simulated_operators(kernel, case):
+    """Any pattern, layout, mask and grouping of heads: right where the operators do what the sources say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_aten", simulated.Aten())
+        first = dispatch.Planned(kernel, cuda.FlashCUDA()) if kernel.name == "cuDNN" else kernel
+        use(patch, first, cuda.FlashCUDA() if kernel.name == "cuDNN" else kernel)
+        got = case.run("sdpa", torch.float64)
+    for name, want in case.run("reference", torch.float64).items():
+        torch.testing.assert_close(got[name], want, atol=FLOAT64, rtol=FLOAT64)
+
+
+def test_efficient_gets_an_output_whose_rows_are_all_heads_apart(aten, monkeypatch):
+    use(monkeypatch, cuda.Efficient())
+    q, k, v, dout = torch.randn(4, 1, 4, 64, 8, dtype=torch.float64)  # (B, H, T, D) in memory
+    got = gradients(q, k, v, dout, PATTERN)
+    monkeypatch.undo()
+    for a, b in zip(got, gradients(q, k, v, dout, PATTERN), strict=True):
+        torch.testing.assert_close(a, b, atol=FLOAT64, rtol=0)
+    assert "efficient backward" in aten.calls
+
+
+def test_efficient_on_rocm_has_no_padding(aten, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    use(monkeypatch, cuda.Efficient())
+    q, k, v, dout = torch.randn(4, 1, 2, 40, 8, dtype=torch.float64)
+    got = gradients(q, k, v, dout, PATTERN)
+    monkeypatch.undo()
+    for a, b in zip(got, gradients(q, k, v, dout, PATTERN), strict=True):
+        torch.testing.assert_close(a, b, atol=FLOAT64, rtol=0)
+
+
+def test_cudnns_plans_are_found_again_whatever_the_layout_of_the_gradient(aten, monkeypatch):
+    use(monkeypatch, cuda.CuDNN())
+    q, k, v = torch.randn(3, 1, 64, 2, 8, dtype=torch.float64).transpose(2, 3)
+    dense = torch.randn(1, 2, 64, 8, dtype=torch.float64)
+    douts = dense, dense.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([dense, dense], 4)[..., 0]
+    results = [gradients(q, k, v, dout, PATTERN) for dout in douts]
+    plans = len(aten.plans)
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, atol=FLOAT64, rtol=0)
+    gradients(q, k, v, dense, PATTERN)
+    assert len(aten.plans) == plans
+
+
+def test_a_shape_that_cudnn_refused_is_not_offered_again(aten, caplog):
+    kernel = dispatch.Planned(cuda.CuDNN(), cuda.FlashCUDA())
+    aten.refuses.add((1, 2, 16, 8))
+    q, k, v = torch.randn(3, 1, 2, 16, 8)
+    for _ in range(3):
+        out, _ = kernel.attend(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(out, cuda.FlashCUDA().attend(q, k, v, is_causal=True, scale=0.3)[0])
+    assert aten.calls.count("cuDNN") == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No valid execution plans" in caplog.text
+    assert "flash (CUDA) takes it" in caplog.text
+    kernel.attend(q[:, :, :8], k, v, is_causal=False, scale=0.3)
+    assert aten.calls.count("cuDNN") == 2
+
+
+def test_running_out_of_memory_is_no_refusal(aten, monkeypatch):
+    kernel = dispatch.Planned(cuda.CuDNN(), cuda.FlashCUDA())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    q = torch.randn(1, 2, 16, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(aten, "_scaled_dot_product_cudnn_attention", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            kernel.attend(q, q, q, is_causal=True, scale=0.3)
+    kernel.attend(q, q, q, is_causal=True, scale=0.3)
+    assert aten.calls == ["cuDNN"]
+
+
+@pytest.mark.parametrize("layout", ["BTHD", "BHTD"])
+def test_cudnn_gets_whole_segments_only(layout, aten, monkeypatch):
+    use(monkeypatch, dispatch.Planned(cuda.CuDNN(), cuda.FlashCUDA()), cuda.FlashCUDA())
+
+    def names(tokens, queries=None, **masks):
+        aten.calls.clear()
+        shape = (1, tokens, 2, 8) if layout == "BTHD" else (1, 2, tokens, 8)
+        q, k, v = (x.transpose(1, 2) if layout == "BTHD" else x for x in torch.randn(3, *shape))
+        dilated_attention(q[:, :, -(queries or tokens) :], k, v, PATTERN, is_causal=True, **masks)
+        return set(aten.calls)
+
+    assert names(64) == {"cuDNN"}
+    assert names(40) == {"cuDNN", "flash"}  # the tails of both branches
+    assert names(64, queries=1) == {"flash"}
+    assert names(64, queries=20) == {"flash"}
+    assert names(64, cu_seqlens=torch.tensor([0, 32, 64])) == {"flash"}
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    mask[:, :32] = False
+    assert names(64, padding_mask=mask) == {"flash"}
+
+
+def test_shared_heads_go_to_cudnn_as_they_are_grouped(aten, monkeypatch):
+    use(monkeypatch, dispatch.Planned(cuda.CuDNN(), cuda.FlashCUDA()), cuda.FlashCUDA())
+    q, k, v = torch.randn(1, 64, 8, 8).transpose(1, 2), *torch.randn(2, 1, 64, 2, 8).transpose(2, 3)
+    dilated_attention(q, k, v, DilationPattern((16,), (1,)), is_causal=True)
+    assert aten.calls == ["cuDNN"]  # one call, where as many as share a head would loop
+
+
+def test_a_view_that_32_bits_cannot_address_goes_where_64_do(monkeypatch):
+    taken = []
+    for kernel in (cuda.CuDNN, cuda.FlashCUDA):
+        monkeypatch.setattr(kernel, "attend", lambda self, *_, **__: taken.append(self.name))
+    storage = torch.empty(2**33, dtype=torch.bfloat16, device="meta")
+    kernel = dispatch.Planned(cuda.CuDNN(), cuda.FlashCUDA())
+    for far, name in ((2**20, "cuDNN"), (2**32, "flash (CUDA)")):
+        x = storage.as_strided((2, 4, 64, 8), (far, 8, 32, 1))
+        kernel.attend(x, x, x, is_causal=True, scale=1.0)
+        assert taken.pop() == name
+
+
+def test_efficient_walks_heads_where_32_bits_cannot_address_them(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        cuda.Efficient, "_attend", lambda self, q, k, v, **_: called.append(q) or (torch.empty_like(q), q[..., 0])
+    )
+    storage = torch.empty(2**33, dtype=torch.bfloat16, device="meta")
+    cuda.Efficient().attend(*[storage.as_strided((2, 4, 64, 8), (2**32, 8, 32, 1))] * 3, is_causal=True, scale=1.0)
+    assert [x.shape for x in called] == [(2, 4, 64, 8)]  # batch entries may lie anywhere
+    called.clear()
+    cuda.Efficient().attend(*[storage.as_strided((1, 4, 64, 8), (0, 2**30, 8, 1))] * 3, is_causal=True, scale=1.0)
+    assert [(x.shape, x.stride(2)) for x in called] == [((1, 1, 64, 8), 8)] * 4  # views, nothing copied
+    called.clear()
+    cuda.Efficient().attend(*[storage.as_strided((1, 2, 64, 8), (0, 8, 2**26, 1))] * 3, is_causal=True, scale=1.0)
+    assert [(x.shape, x.is_contiguous()) for x in called] == [((1, 1, 64, 8), True)] * 2
+
+
+def test_flash_copies_nothing(monkeypatch):
+    storage = torch.empty(2**33, dtype=torch.bfloat16, device="meta")
+    x = storage.as_strided((2, 4, 64, 64), (2**32, 64, 256, 1))
+    seen = []
+
+    class Spy:
+        def _scaled_dot_product_flash_attention(self, q, k, v, *_, **__):
+            seen.extend((q, k, v))
+            return q, q[..., 0]
+
+    monkeypatch.setattr(cuda, "_aten", Spy())
+    cuda.FlashCUDA().attend(x, x, x, is_causal=True, scale=1.0)
+    assert all(y is x for y in seen)
+
+
+@pytest.mark.parametrize(("offset", "step", "aligned"), [(0, 16, True), (8, 16, True), (1, 16, False), (0, 20, False)])
+def test_rows_that_16_bytes_do_not_divide_are_copied(offset, step, aligned, monkeypatch):
+    buffer = torch.randn(offset + 64 * step).bfloat16()
+    x = buffer.as_strided((1, 4, 16, 8), (0, 16 * step, step, 1), offset)
+    assert is_aligned(x) is aligned
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))  # rows_dense reads no more of it than the type
+    dense = rows_dense(x)
+    monkeypatch.undo()
+    assert (dense is x) is aligned
+    assert torch.equal(dense, x)
+    assert is_aligned(dense)
+    assert torch.empty_like(dense).stride() == torch.empty_like(x).stride()
+
+
+def test_an_axis_of_one_entry_has_a_stride_of_its_tensors(aten, monkeypatch):
+    use(monkeypatch, cuda.FlashCUDA())
+    strides = []
+    attend = cuda.FlashCUDA.attend
+    monkeypatch.setattr(
+        cuda.FlashCUDA, "attend", lambda self, *x, **kw: strides.extend(y.stride() for y in x) or attend(self, *x, **kw)
+    )
+    dilated_attention(*torch.randn(3, 1, 2, 40, 8), PATTERN, is_causal=True)
+    assert strides
+    assert all(min(stride) > 0 for stride in strides)
