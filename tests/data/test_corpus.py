@@ -65,7 +65,9 @@ def test_a_file_whose_name_looks_like_a_glob(tree):
 
 def test_records_have_their_kinds(tree):
     kinds = [file.kind for file in list_corpus(["other", "hf:owner/name:config"]).files]
-    assert kinds == [".jsonl", ".parquet", ".jsonl.gz", "hub"]
+    assert kinds == ["jsonl", "parquet", "jsonl", "hub"]
+    packed = [file.compression for file in list_corpus(["other", "hf:owner/name.gz"]).files]
+    assert packed == ["", "", ".gz", ""]
 
 
 def test_suffixes_and_exclusions(tree):

@@ -18,6 +18,7 @@ import pytest
 
 from longnet.cli.main import main
 from longnet.data import assembly, encoding, writer
+from longnet.data import reading as batches
 from longnet.data.shards import TokenData
 from longnet.data.tokenizer import load_tokenizer, token_bytes
 
@@ -126,7 +127,7 @@ def test_a_vocabulary_is_trained_on_the_train_split(corpus, monkeypatch):
 
 
 def test_workers_and_shards_change_nothing(corpus, monkeypatch):
-    monkeypatch.setattr(assembly, "_BATCH_BYTES", 5000)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 5000)
     monkeypatch.setattr(assembly, "_WORTH_PROCESSES", 0)
     options = ["repo", "--train-bpe", "300", "--drop-duplicates"]
     for name, more in {"one": ["--workers", 1], "two": ["--workers", 2], "small": ["--shard-tokens", 999]}.items():
@@ -249,7 +250,7 @@ class StoppedError(Exception):
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(corpus, monkeypatch):
     """Every sync, rename and saved state is a place to stop at, before it and after it; each run gets one further."""
     options = ["repo", "--train-bpe", "270", "--drop-duplicates", "--shard-tokens", "9000", "--workers", "1"]
-    monkeypatch.setattr(assembly, "_BATCH_BYTES", 9000)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 9000)
     monkeypatch.setattr(assembly, "_SAVE_SECONDS", 0)
     assert run(monkeypatch, *options, "-o", "whole") == 0
     places = 0
@@ -291,8 +292,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(corpus, monkeypatch):
 KILLED = """
 import sys
 from longnet.cli.main import main
-from longnet.data import assembly
-assembly._BATCH_BYTES, assembly._WORTH_PROCESSES = 3000, 0
+from longnet.data import assembly, reading
+reading.BATCH_BYTES, assembly._WORTH_PROCESSES = 3000, 0
 sys.argv = ["longnet", "prepare", *sys.argv[1:]]
 main()
 """
@@ -383,7 +384,7 @@ def test_damaged_data_are_made_again(corpus, monkeypatch, capsys, damage):
 def test_a_full_disk(corpus, monkeypatch, capsys):
     """A limit on the size of files stands for the disk; once there is room, the same command goes on."""
     options = ["repo", "--shard-tokens", "20000", "--validation", "0"]
-    monkeypatch.setattr(assembly, "_BATCH_BYTES", 8000)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 8000)
     assert run(monkeypatch, *options, "-o", "whole") == 0
     capsys.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
 from longnet.cli.main import main
+from longnet.data import documents
+from longnet.data import reading as batches
 from longnet.evaluation import stream as reading
 from model.families import build
 
@@ -32,14 +35,19 @@ def small(**fields):
 def folder(tmp_path):
     """Files of odd sizes, one of them empty, in folders whose order is that of their paths."""
     rng, text = np.random.default_rng(0), tmp_path / "text"
-    for name, size in {"b.txt": 700, "a/z.c": 1301, "a/empty": 0, "a/b/c": 5, "c": 900}.items():
+    for name, size in {"b.txt": 700, "a/z.c": 1301, "a/empty.md": 0, "a/b/c.c": 5, "c.py": 900}.items():
         (text / name).parent.mkdir(parents=True, exist_ok=True)
-        (text / name).write_bytes(rng.integers(0, 256, size, dtype=np.uint8).tobytes())
+        (text / name).write_bytes(rng.integers(1, 256, size, dtype=np.uint8).tobytes())
     return text
 
 
 def whole(folder):
-    return b"".join((folder / name).read_bytes() for name in ("a/b/c", "a/empty", "a/z.c", "b.txt", "c"))
+    """Return the ids of all of it: bytes, and 256 where a document ends."""
+    return [token for name in ("a/b/c.c", "a/z.c", "b.txt", "c.py") for token in [*(folder / name).read_bytes(), 256]]
+
+
+def source_of(*paths):
+    return reading.open_source(paths, "bytes", Path(), 257)
 
 
 def expected_bins(model, ids):
@@ -50,13 +58,13 @@ def expected_bins(model, ids):
     return [(a, b, losses[a:b].mean().item()) for a, b in itertools.pairwise(edges)], losses.mean().item()
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 1000, 2906, 5000])
+@pytest.mark.parametrize("chunk", [1, 100, 1000, 2910, 5000])
 def test_losses_are_those_of_one_pass(chunk, folder, tmp_path):
     model = small()
-    ids = torch.tensor(list(whole(folder)))
+    ids = torch.tensor(whole(folder))
     if chunk == 1:
         ids = ids[:150]
-    *_, sums = reading.stream(model, reading.ByteSource([folder]), tmp_path, chunk=chunk, tokens=len(ids))
+    *_, sums = reading.stream(model, source_of(folder), tmp_path, chunk=chunk, tokens=len(ids))
     bins, mean = expected_bins(model, ids)
     assert sums.tokens == len(ids)
     assert sums.loss == pytest.approx(mean, abs=1e-5)
@@ -78,7 +86,7 @@ def test_the_sums_are_plain_statistics():
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
 def test_an_interrupted_stream_goes_on_to_the_same_sums(stop, folder, tmp_path):
-    model, source = small(), reading.ByteSource([folder])
+    model, source = small(), source_of(folder)
     *_, expected = reading.stream(model, source, tmp_path / "one", chunk=200, save_every=400)
     begun = reading.stream(model, source, tmp_path / "two", chunk=200, save_every=400)
     for _ in range(stop):
@@ -87,19 +95,19 @@ def test_an_interrupted_stream_goes_on_to_the_same_sums(stop, folder, tmp_path):
     *_, resumed = reading.stream(model, source, tmp_path / "two", chunk=200, save_every=400, resume=True)
     assert resumed.tokens == expected.tokens
     assert resumed.bins == expected.bins  # bitwise
-    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["cache-2906.safetensors", "state.json"]
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["cache-2910.safetensors", "state.json"]
     assert list(reading.stream(model, source, tmp_path / "two", chunk=200, resume=True)) == []
 
 
 def test_a_state_of_something_else_is_refused(folder, tmp_path):
-    model, source = small(), reading.ByteSource([folder])
+    model, source = small(), source_of(folder)
     list(reading.stream(model, source, tmp_path, chunk=1000, tokens=2000))
     with pytest.raises(ValueError, match="go on with --resume"):
         next(reading.stream(model, source, tmp_path, chunk=1000))
     with pytest.raises(ValueError, match="of another chunk"):
         next(reading.stream(model, source, tmp_path, chunk=500, resume=True))
     with pytest.raises(ValueError, match="of another source"):
-        next(reading.stream(model, reading.ByteSource([folder / "c"]), tmp_path, chunk=1000, resume=True))
+        next(reading.stream(model, source_of(folder / "c.py"), tmp_path, chunk=1000, resume=True))
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.raises(ValueError, match="of another model"):
@@ -117,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_the_stream(folder, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="the loss is not finite at token 0"):
-        next(reading.stream(model, reading.ByteSource([folder]), tmp_path, chunk=100))
+        next(reading.stream(model, source_of(folder), tmp_path, chunk=100))
 
 
 def words(tmp_path):
@@ -128,37 +136,46 @@ def words(tmp_path):
     return tokenizer
 
 
-def test_text_through_a_tokenizer_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_BLOCK_BYTES", 64)
+def test_text_through_a_tokenizer_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 64)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
     text = "\n".join(np.random.default_rng(0).choice(["one two", "three", "", "four one"], 200))
     (tmp_path / "x").write_text(text)
-    (tmp_path / "y").write_text("one" * 100 + " two")  # a line longer than a block is cut within
+    (tmp_path / "y").write_text("one" * 100 + " two")  # a line longer than a piece is cut within
     tokenizer = words(tmp_path)
-    source = reading.TokenSource([tmp_path / "x", tmp_path / "y"], tokenizer)
-    ids, cursor = [], reading.Cursor()
+
+    def opened():
+        return reading.open_source([tmp_path / "x", tmp_path / "y"], str(tmp_path), tmp_path, 5)
+
+    source, ids, cursor = opened(), [], reading.Cursor()
     for size in [1, 7, 64, 3, *[50] * 30]:
         new, cursor = source.read(cursor, size)
-        source = reading.TokenSource([tmp_path / "x", tmp_path / "y"], tokenizer)  # as after a restart
+        source = opened()  # as after a restart
         ids += new.tolist()
-    expected = tokenizer.encode(text).ids
+    expected = [*tokenizer.encode(text).ids, 4]
     assert ids[: len(expected)] == expected
-    assert ids[-1] == 2
+    assert ids[-2:] == [2, 4]
     assert len(new) == 0
 
 
 def test_which_way_files_become_tokens(folder, tmp_path):
-    files = [folder / "c"]
-    assert isinstance(reading.open_source(files, None, tmp_path, 257), reading.ByteSource)
+    files = [folder / "c.py"]
+
+    def is_bytes(*arguments):
+        return reading.open_source(files, *arguments).encoder.tokenizer is None
+
+    assert is_bytes(None, tmp_path, 257)
     words(tmp_path)
-    assert isinstance(reading.open_source(files, None, tmp_path, 257), reading.TokenSource)
-    assert isinstance(reading.open_source(files, "bytes", tmp_path, 257), reading.ByteSource)
-    assert isinstance(reading.open_source(files, str(tmp_path), folder, 257), reading.TokenSource)
+    assert not is_bytes(None, tmp_path, 257)
+    assert is_bytes("bytes", tmp_path, 257)
+    assert not is_bytes(str(tmp_path), folder, 257)
     with pytest.raises(ValueError, match="has 4 tokens, the model knows 3"):
         reading.open_source(files, None, tmp_path, 3)
-    with pytest.raises(ValueError, match="fewer than bytes"):
+    with pytest.raises(ValueError, match="the tokenizer bytes has 256 tokens, the model knows 255"):
         reading.open_source(files, "bytes", tmp_path, 255)
     with pytest.raises(ValueError, match="there is no tokenizer at"):
         reading.open_source(files, None, folder, 5000)
+    assert reading.open_source(files, "bytes", tmp_path, 256).encoder.end is None  # the model knows no end token
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     order = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order += [byte for byte in range(256) if byte not in order]
@@ -167,14 +184,19 @@ def test_which_way_files_become_tokens(folder, tmp_path):
     tokenizer = Tokenizer(models.BPE(places, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert isinstance(reading.open_source(files, None, tmp_path, 257), reading.ByteSource)
+    assert is_bytes(None, tmp_path, 257)
+    tokenizer = Tokenizer(models.BPE({**places, "th": 256}, [("t", "h")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert not is_bytes(None, tmp_path, 257)
 
 
 def test_other_models_are_streamed_too(folder, tmp_path):
     model = build("Llama", vocab_size=256)
     use_dilated_attention(model, DilationPattern((16, 64), (1, 4)))
-    ids = torch.tensor(list(whole(folder)))[:200]
-    *_, sums = reading.stream(model, reading.ByteSource([folder]), tmp_path, chunk=33, tokens=200)
+    ids = torch.tensor([token for token in whole(folder) if token < 256])[:200]
+    source = reading.open_source([folder], "bytes", Path(), 256)
+    *_, sums = reading.stream(model, source, tmp_path, chunk=33, tokens=200)
     assert sums.loss == pytest.approx(expected_bins(model, ids)[1], abs=1e-5)
 
 
@@ -198,12 +220,12 @@ def test_the_command(monkeypatch, folder, tmp_path, capsys):
     assert about["peak_bytes"] > 2**20
     assert (out / "stream.png").stat().st_size > 5000
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0
-    assert json.loads((out / "stream.json").read_text())["tokens"] == 2906
+    assert json.loads((out / "stream.json").read_text())["tokens"] == 2910
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0
     assert "nothing left to read" in capsys.readouterr().out
     for arguments, message in (
         ([tmp_path, folder], "holds no model"),
-        ([tmp_path / "model", tmp_path / "none", "-o", tmp_path / "x"], "there is no file"),
+        ([tmp_path / "model", tmp_path / "none", "-o", tmp_path / "x"], "does not exist: give files"),
         ([tmp_path / "model", folder, "--chunk", 0], "--chunk must be at least 1"),
         ([tmp_path / "model", folder, "--chunk", 500, "-o", out], "go on with --resume"),
     ):
@@ -213,7 +235,7 @@ def test_the_command(monkeypatch, folder, tmp_path, capsys):
 
 def test_a_killed_command_goes_on_to_the_same_result(monkeypatch, folder, tmp_path):
     small().save_pretrained(tmp_path / "model")
-    (folder / "d").write_bytes(np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8).tobytes())
+    (folder / "d.txt").write_bytes(np.random.default_rng(1).integers(1, 256, 400_000, dtype=np.uint8).tobytes())
     arguments = [tmp_path / "model", folder, "--chunk", 100, "--save-every", 100]
     assert run(monkeypatch, *arguments, "-n", 6000, "-o", tmp_path / "one") == 0
     command = [sys.executable, "-c", "from longnet.cli.main import main; main()", "stream"]

@@ -26,6 +26,9 @@ def prepare(
     split_by: Literal["document", "folder"] = "document",
     drop_duplicates: Annotated[bool, cyclopts.Parameter(negative="")] = False,
     shard_tokens: int = 2**26,
+    skip_damaged: Annotated[bool, cyclopts.Parameter(negative="")] = False,
+    fasta_case: Literal["keep", "upper", "lower"] = "keep",
+    fasta_n: Literal["keep", "drop"] = "keep",
     workers: int | None = None,
     overwrite: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> None:
@@ -37,8 +40,9 @@ def prepare(
     ----------
     paths
         Files, folders, globs, or hf:OWNER/NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub. Plain text,
-        source code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet. A folder's files come in path order, without hidden ones,
-        caches and installed packages; a file that is named is taken whatever it is called.
+        source code, .jsonl, .ndjson, .json, .parquet, FASTA; also with .gz, .bz2, .xz, .zst. A folder's files come in
+        path order, without hidden ones, caches and installed packages; a file that is named is taken whatever it is
+        called.
     output
         Folder to write.
     tokenizer
@@ -47,11 +51,11 @@ def prepare(
     train_bpe
         Train a byte-level BPE vocabulary of so many tokens on the train split, instead of --tokenizer.
     text_field
-        Field of JSON lines, parquet and data sets that holds the text.
+        Field of JSON lines, parquet and data sets that holds the text; a.b is field b of field a.
     suffixes
         What to take from folders, instead of text and source code: suffixes like .py, or whole names like Makefile.
     exclude
-        Names of files and folders to leave out; shell patterns like "test*".
+        Files and folders to leave out; shell patterns of names, like "test*", or of ends of paths, like "docs/*.txt".
     validation
         Share of the documents for validation, by a hash of the document's name; 0 for none.
     split_by
@@ -60,6 +64,12 @@ def prepare(
         Leave out documents that repeat an earlier one, exactly or nearly (at least 80 % of their 24-byte shingles).
     shard_tokens
         Tokens in a shard.
+    skip_damaged
+        Leave out and count records and ends of files that are damaged, of a half-uploaded .jsonl say; else they stop.
+    fasta_case
+        Letters of FASTA files: as they are, or all upper, or all lower case.
+    fasta_n
+        N in FASTA files: kept, or dropped.
     workers
         Processes; one per core if not given. The result does not depend on it.
     overwrite
@@ -75,7 +85,7 @@ def prepare(
     options = Options(
         sources=paths, tokenizer=tokenizer, train_bpe=train_bpe, text_field=text_field, suffixes=suffixes,
         exclude=exclude, validation=validation, split_by=split_by, drop_duplicates=drop_duplicates,
-        shard_tokens=shard_tokens,
+        shard_tokens=shard_tokens, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n,
     )  # fmt: skip
     try:
         done = prepare_data(options, output, workers=workers, overwrite=overwrite)
@@ -86,6 +96,8 @@ def prepare(
 
 
 def _report(done: Prepared, folder: Path) -> None:
+    for option in done.unused:
+        print(f"longnet: warning: {option} met no file", file=sys.stderr)
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -96,7 +108,7 @@ def _report(done: Prepared, folder: Path) -> None:
     for name, split in index["splits"].items():
         counts = (split["tokens"], split["bytes"], split["documents"], len(split["shards"]))
         table.add_row(name, *(f"{count:,}" for count in counts))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     text_bytes = sum(split["bytes"] for split in index["splits"].values())
     tokens = sum(split["tokens"] for split in index["splits"].values())

@@ -12,9 +12,15 @@ from longnet.cli.check import at_least_one
 
 def stream(
     model: Path,
-    files: Annotated[list[Path], cyclopts.Parameter(negative=())],
+    files: Annotated[list[str], cyclopts.Parameter(negative=())],
     *,
     tokenizer: str | None = None,
+    text_field: str = "text",
+    suffixes: Annotated[tuple[str, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
+    exclude: Annotated[tuple[str, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
+    skip_damaged: Annotated[bool, cyclopts.Parameter(negative="")] = False,
+    fasta_case: Literal["keep", "upper", "lower"] = "keep",
+    fasta_n: Literal["keep", "drop"] = "keep",
     chunk: int = 65_536,
     tokens: Annotated[int | None, cyclopts.Parameter(("--tokens", "-n"))] = None,
     output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("runs/stream"),
@@ -34,10 +40,21 @@ def stream(
         Folder of a run of `longnet train`, or of any Hugging Face causal language model whose config holds a dilation
         pattern.
     files
-        Files, and folders whose files are read, recursively, in the order of their paths.
+        Files, folders, globs, as `longnet prepare` takes them, and the same tokens: a token ends each document.
     tokenizer
-        "bytes", or a tokenizer.json, or a folder with one. The model's own if not given; models of bytes read files as
-        they lie.
+        As of `longnet prepare`; the model's own if not given.
+    text_field
+        Field of records that holds the text; a.b is field b of field a.
+    suffixes
+        What to take from folders, instead of text and source code.
+    exclude
+        Files and folders to leave out.
+    skip_damaged
+        Leave out and count records and ends of files that are damaged.
+    fasta_case
+        Letters of FASTA files: as they are, or all upper, or all lower case.
+    fasta_n
+        N in FASTA files: kept, or dropped.
     chunk
         Tokens of one forward pass. Changes memory and speed, not the result.
     tokens
@@ -61,6 +78,8 @@ def stream(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from longnet.cli.model import load_model
+    from longnet.data.corpus import describe
+    from longnet.data.documents import Reading
     from longnet.evaluation import stream as reading
     from longnet.measurement import find_device, provenance
     from longnet.model.patterns import pattern_of
@@ -70,25 +89,32 @@ def stream(
     _hold_memory()
     place = find_device(device, option="--device")
     loaded, folder, *_ = load_model(model, place, "dilated", getattr(torch, dtype))
-    source = reading.open_source(files, tokenizer, folder, loaded.config.vocab_size)
-    total = source.tokens if tokens is None else tokens if source.tokens is None else min(tokens, source.tokens)
+    source = reading.open_source(
+        files, tokenizer, folder, loaded.config.vocab_size, suffixes=suffixes, exclude=exclude,
+        reading=Reading(text_field, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n),
+    )  # fmt: skip
     gc.freeze()  # what is imported stays: without, each collection walks all of it, on one core
-    columns = ("{task.completed:,} tokens", "{task.fields[speed]:,.0f}/s", "perplexity {task.fields[perplexity]:.3f}")
+    columns = (
+        "{task.fields[read]:,} tokens",
+        "{task.fields[speed]:,.0f}/s",
+        "perplexity {task.fields[perplexity]:.3f}",
+    )
     console = Console()
     sums = reading.Sums()
     with Progress(
         BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(), TimeRemainingColumn(), console=console
     ) as progress:
-        task = progress.add_task("", total=total, speed=0.0, perplexity=float("nan"))
+        task = progress.add_task("", total=tokens or source.corpus.size, read=0, speed=0.0, perplexity=float("nan"))
         for sums in reading.stream(
-            loaded, source, output, chunk=chunk, tokens=total, save_every=save_every, resume=resume
+            loaded, source, output, chunk=chunk, tokens=tokens, save_every=save_every, resume=resume
         ):
             rows = sums.by_position()
             progress.update(
-                task, completed=sums.tokens, speed=sums.tokens / sums.seconds, perplexity=rows[-1]["perplexity"]
-            )
+                task, completed=sums.tokens if tokens else source.position, read=sums.tokens,
+                speed=sums.tokens / sums.seconds, perplexity=rows[-1]["perplexity"],
+            )  # fmt: skip
     if not sums.tokens:
-        console.print(f"nothing left to read: {output / 'stream.json'} is of the whole")
+        console.print(f"nothing left to read: {output / 'stream.json'} is of the whole", markup=False)
         return
     pattern = pattern_of(loaded.config)
     about = {
@@ -100,9 +126,10 @@ def stream(
             "pattern": str(pattern),
             "dtype": dtype,
         },
-        "files": len(source.files),
-        "bytes_of_files": sum(source.sizes),
-        "is_bytes": isinstance(source, reading.ByteSource),
+        "files": len(source.corpus.files),
+        "bytes_of_files": source.corpus.size,
+        "left_out": dict(sorted(source.skipped.items())),
+        "is_bytes": source.encoder.tokenizer is None,
         "chunk": chunk,
         "tokens": sums.tokens,
         "loss": sums.loss,
@@ -121,8 +148,9 @@ def stream(
     console.print(
         f"loss {sums.loss:.4f} nats per token; {sums.tokens / sums.seconds:,.0f} tokens/s, "
         f"{sums.tokens / sums.cpu_seconds:,.0f} per CPU second; "
-        f"peak memory {sums.peak_bytes / 2**20:,.0f} MiB{growth}; in {output}",
+        f"peak memory {sums.peak_bytes / 2**20:,.0f} MiB{growth}; in {output}{describe(source.skipped)}",
         highlight=False,
+        markup=False,
     )
 
 

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from longnet.data.content import InputError
 from longnet.data.corpus import Corpus, describe
-from longnet.data.documents import Piece, Skipped, read_pieces
+from longnet.data.documents import Reading
 from longnet.data.duplicates import Duplicates
-from longnet.data.encoding import Encoded, Encoder, encode_in_order
-from longnet.data.shards import SPLITS, token_dtype
+from longnet.data.encoding import Encoded, encode_in_order, make_encoder
+from longnet.data.reading import Batch, iterate_batches
+from longnet.data.shards import SPLITS
 from longnet.data.tokenizer import check_vocabulary, load_tokenizer, token_bytes, train_bpe
 from longnet.data.writer import DataWriter, save_tokenizer, write_json
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 STATE = "state.json"
-_BATCH_BYTES = 2**20
 _SAVE_SECONDS = 5.0
 _WORTH_PROCESSES = 2**23  # bytes, below which starting processes takes longer than they save
 
@@ -53,6 +54,14 @@ class Options:
     split_by: Literal["document", "folder"] = "document"
     drop_duplicates: bool = False
     shard_tokens: int = 2**26
+    skip_damaged: bool = False
+    fasta_case: Literal["keep", "upper", "lower"] = "keep"
+    fasta_n: Literal["keep", "drop"] = "keep"
+
+    @property
+    def reading(self) -> Reading:
+        """How files become documents."""
+        return Reading(self.text_field, self.split_by == "folder", self.skip_damaged, self.fasta_case, self.fasta_n)
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
@@ -85,16 +94,6 @@ class _State:
     trained: bool = False
     compared: int = 0
     writer: dict[str, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Pieces of text, what was skipped between them, and where in the corpus the next batch begins."""
-
-    pieces: list[Piece]
-    skipped: collections.Counter[str]
-    cursor: list[int]
-    position: int
 
 
 def assemble(
@@ -140,12 +139,10 @@ class _Assembly:
         """Write and finish both splits, or return False: one stayed empty, and the state now says to begin again."""
         options, state = self._options, self._state
         sizes = token_bytes(tokenizer)
-        plain = options.tokenizer == "bytes" and options.train_bpe is None
-        encoder = Encoder(
-            None if plain else tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id,
-            token_dtype(len(sizes)).name, options.drop_duplicates,
-        )  # fmt: skip
-        worth = (options.drop_duplicates or not plain) and (self._total is None or self._total > _WORTH_PROCESSES)
+        encoder = make_encoder(tokenizer, compare=options.drop_duplicates)
+        worth = (options.drop_duplicates or encoder.tokenizer is not None) and (
+            self._total is None or self._total > _WORTH_PROCESSES
+        )
         task = self._bar.add_task("tokens", total=self._total, completed=state.position)
 
         def open_writer() -> DataWriter:
@@ -182,31 +179,10 @@ class _Assembly:
     def _total(self) -> int | None:
         return None if any(file.kind == "hub" for file in self._corpus.files) else self._corpus.size
 
-    def _batches(self) -> Iterator[_Batch]:
-        """Yield the corpus from the cursor on, in batches of about a megabyte."""
-        first, done = self._state.cursor
-        before = sum(file.size for file in self._corpus.files[:first])
-        pieces: list[Piece] = []
-        skipped: collections.Counter[str] = collections.Counter()
-        size = 0
-        for number, file in enumerate(self._corpus.files[first:], first):
-            skip = done if number == first else 0
-            items = read_pieces(
-                file, text_field=self._options.text_field, by_folder=self._options.split_by == "folder", skip=skip
-            )
-            for item, found in enumerate(items, skip + 1):
-                if isinstance(found, Skipped):
-                    skipped[found.reason] += 1
-                    continue
-                pieces.append(found)
-                size += len(found.text)
-                if size >= _BATCH_BYTES:
-                    yield _Batch(pieces, skipped, [number, item], before + found.position)
-                    pieces, skipped, size = [], collections.Counter(), 0
-            before += file.size
-        yield _Batch(pieces, skipped, [len(self._corpus.files), 0], before)
+    def _batches(self) -> Iterator[Batch]:
+        return iterate_batches(self._corpus, self._options.reading, self._state.cursor)
 
-    def _write(self, batch: _Batch, encoded: Encoded, writer: DataWriter, seen: Duplicates | None) -> None:
+    def _write(self, batch: Batch, encoded: Encoded, writer: DataWriter, seen: Duplicates | None) -> None:
         state = self._state
         parts: dict[str, list[Any]] = {name: [] for name in SPLITS}
         ends: dict[str, list[int]] = {name: [] for name in SPLITS}
@@ -243,12 +219,12 @@ class _Assembly:
         state, options = self._state, self._options
         if state.lowest is None or state.highest is None:
             left_out = self._corpus.skipped + collections.Counter(state.skipped)
-            raise ValueError(f"no text in {' '.join(options.sources)}{describe(left_out)}: give other paths")
+            raise InputError(f"no text in {' '.join(options.sources)}{describe(left_out)}: give other paths")
         if not options.validation or all(split.tokens for split in writer.splits.values()):
             return False
         if state.lowest[1] == state.highest[1]:
             whole = "lies in one folder" if options.split_by == "folder" and writer.documents > 1 else "is one document"
-            raise ValueError(
+            raise InputError(
                 f"the corpus {whole}, {state.lowest[1]!r}: a validation split needs a second one; give more text, "
                 f"--split-by document, or --validation 0"
             )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 HUB = "hf:"
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What a file holds by its name, which may end with one of COMPRESSED besides; what is not listed is text.
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet",
+    ".fa": "fasta", ".fasta": "fasta", ".fna": "fasta", ".ffn": "fasta", ".faa": "fasta", ".frn": "fasta",
+}  # fmt: skip
 
 _TEXT = """
     .txt .md .markdown .rst .tex .org .adoc .texi .pod
@@ -45,7 +50,7 @@ class SourceFile:
     ----------
     name
         The last part of the given path (of a glob the folder before its first pattern) and the way below it, with "/"
-        between; it decides the split.
+        between; it decides the split. Where two files would have the same name, more of the given paths' parts.
     folder
         The first two parts of it, so the highest folder below the given path, or else the file itself: what
         `--split-by folder` keeps whole.
@@ -63,18 +68,31 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """Return "hub", one of RECORDS, or "text"."""
+        """Return "hub", a value of KINDS, or "text"."""
         if isinstance(self.path, str):
             return "hub"
-        return next((suffix for suffix in RECORDS if self.path.name.lower().endswith(suffix)), "text")
+        return KINDS.get(Path(_uncompressed(self.path.name.lower())).suffix, "text")
+
+    @property
+    def compression(self) -> str:
+        """Return the one of COMPRESSED that the name ends with, or ""."""
+        name = "" if isinstance(self.path, str) else self.path.name.lower()
+        return name[len(_uncompressed(name)) :]
 
 
 @dataclasses.dataclass
 class Corpus:
-    """The files of a corpus, in the order of their tokens, and how many were left out for which reason."""
+    """The files of a corpus, in the order of their tokens, and how many were left out for which reason.
+
+    Attributes
+    ----------
+    unused
+        Options that met no file, like "--exclude 'tets*'": misspelt, perhaps.
+    """
 
     files: list[SourceFile]
     skipped: collections.Counter[str]
+    unused: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -94,24 +112,34 @@ def list_corpus(sources: Sequence[str], *, suffixes: Sequence[str] = (), exclude
 
     A file that is named, itself or by a glob, is taken whatever it is called. A folder is walked in path order, so that
     the files of each folder below it stay together; in it files need one of `suffixes` (a suffix or a whole name; none:
-    SUFFIXES, NAMES and RECORDS), hidden ones, version control, caches and installed packages are left out, and so is
-    what matches one of the shell patterns in `exclude`. Every file is taken once, however many ways lead to it.
+    SUFFIXES, NAMES and KINDS but .json), hidden ones, version control, caches and installed packages are left out, and
+    so is what matches one of the shell patterns in `exclude`: by its name, or by as many last parts of its path as the
+    pattern has. Every file is taken once, however many ways lead to it.
 
-    Raises FileNotFoundError where a source leads to nothing, and ValueError where no file is left.
+    Raises FileNotFoundError where a source leads to nothing, and ValueError for an empty source or pattern, or where no
+    file is left.
     """
-    walk = _Walk(tuple(suffix.lower() for suffix in suffixes) or None, tuple(exclude))
+    for option, values in (("a path", sources), ("--exclude", exclude), ("--suffixes", suffixes)):
+        if not all(value.strip() for value in values):
+            raise ValueError(f"{option} is empty: an unset variable of the shell, perhaps")
+    for suffix in suffixes:
+        if glob.has_magic(suffix) or "/" in suffix:
+            raise ValueError(f"--suffixes takes suffixes like .py and whole names like Makefile, got {suffix!r}")
+    walk = _Walk(tuple(suffix.lower() for suffix in suffixes), tuple(exclude))
     for source in sources:
         if source.startswith(HUB):
+            walk.begin(None)
             walk.files.append(SourceFile(source, source, source, 0, 0))
         elif Path(source).exists():
-            walk.take(Path(source), _name(Path(source)))
+            walk.begin(Path(source))
+            walk.take(Path(source), "")
         elif glob.has_magic(source):
             _take_glob(walk, source)
         else:
             raise FileNotFoundError(f"{source} does not exist: give files, folders, globs, or hf:NAME")
     if not walk.files:
         raise ValueError(f"no text in {' '.join(sources)}{describe(walk.skipped)}: give other paths, or --suffixes")
-    return Corpus(walk.files, walk.skipped)
+    return Corpus(walk.named(), walk.skipped, walk.unused)
 
 
 def describe(skipped: collections.Counter[str]) -> str:
@@ -127,22 +155,70 @@ def _take_glob(walk: _Walk, pattern: str) -> None:
     found = sorted(glob.glob(pattern, recursive=True), key=lambda path: Path(path).parts)  # noqa: PTH207  # ** as shells
     if not found:
         raise FileNotFoundError(f"{pattern} matches nothing")
+    walk.begin(root)
     for path in found:
-        walk.take(Path(path), f"{_name(root)}/{Path(path).relative_to(root).as_posix()}")
+        walk.take(Path(path), f"/{Path(path).relative_to(root).as_posix()}")
 
 
-def _name(path: Path) -> str:
-    return path.name or path.resolve().name
+def _uncompressed(name: str) -> str:
+    return next((name.removesuffix(suffix) for suffix in COMPRESSED if name.endswith(suffix)), name)
+
+
+def _folder_of(name: str) -> str:
+    return "/".join(name.split("/")[:2])
 
 
 class _Walk:
-    """Files found so far, and what has been seen."""
+    """Files found so far, and what has been seen.
 
-    def __init__(self, suffixes: tuple[str, ...] | None, exclude: tuple[str, ...]) -> None:
+    While the sources are walked a file's name is what follows the name of its source, which `named` puts in front.
+    """
+
+    def __init__(self, suffixes: tuple[str, ...], exclude: tuple[str, ...]) -> None:
         self.files: list[SourceFile] = []
         self.skipped: collections.Counter[str] = collections.Counter()
         self._suffixes, self._exclude = suffixes, exclude
         self._seen: set[tuple[int, int]] = set()
+        self._used: set[str] = set()
+        self._sources: list[tuple[str, ...]] = []  # the parts of each one's whole path
+        self._of: list[int] = []  # how many files there were when each began
+
+    @property
+    def unused(self) -> list[str]:
+        """Options that met nothing."""
+        given = [("--exclude", self._exclude), ("--suffixes", self._suffixes)]
+        return [f"{option} {value!r}" for option, values in given for value in values if value not in self._used]
+
+    def begin(self, source: Path | None) -> None:
+        """Begin with another source; None for a data set of the hub, which has its name."""
+        whole = () if source is None else Path(os.path.abspath(source)).parts  # noqa: PTH100  # a link keeps its name
+        self._sources.append(whole)
+        self._of.append(len(self.files))
+
+    def named(self) -> list[SourceFile]:
+        """Return the files under their names, no two of which are the same."""
+        depths = [1] * len(self._sources)
+        owners = [
+            source
+            for source, (first, last) in enumerate(itertools.pairwise([*self._of, len(self.files)]))
+            for _ in range(first, last)
+        ]
+        while True:
+            names = [
+                "/".join(part.strip("/") for part in self._sources[owner][-depths[owner] :]) + file.name
+                for owner, file in zip(owners, self.files, strict=True)
+            ]
+            counts = collections.Counter(names)
+            again = {owner for owner, name in zip(owners, names, strict=True) if counts[name] > 1}
+            again = {owner for owner in again if depths[owner] < len(self._sources[owner])}
+            if not again:
+                break
+            for owner in again:
+                depths[owner] += 1
+        return [
+            dataclasses.replace(file, name=name, folder=_folder_of(name) if self._sources[owner] else name)
+            for owner, name, file in zip(owners, names, self.files, strict=True)
+        ]
 
     def take(self, path: Path, name: str) -> None:
         """Take a path that the user named."""
@@ -163,21 +239,25 @@ class _Walk:
             self.skipped["unreadable"] += 1
             return
         for entry in entries:
-            reason = self._refusal(entry, root)
+            below = f"{name}/{entry.name}"
+            try:
+                reason = self._refusal(entry, below, root)
+                is_folder = reason is None and entry.is_dir()
+            except PermissionError:
+                reason = "unreadable"
             if reason:
                 self.skipped[reason] += 1
-            elif entry.is_dir():
-                self._folder(Path(entry.path), f"{name}/{entry.name}", root)
+            elif is_folder:
+                self._folder(Path(entry.path), below, root)
             else:
-                self._file(Path(entry.path), f"{name}/{entry.name}")
+                self._file(Path(entry.path), below)
 
     def _file(self, path: Path, name: str) -> None:
         if self._again(path):
             self.skipped["reached twice"] += 1
             return
         status = path.stat()
-        folder = "/".join(name.split("/")[:2])
-        self.files.append(SourceFile(name, folder, path, status.st_size, status.st_mtime_ns))
+        self.files.append(SourceFile(name, "", path, status.st_size, status.st_mtime_ns))
 
     def _again(self, path: Path) -> bool:
         """Return whether the path leads to what has been reached already."""
@@ -187,11 +267,14 @@ class _Walk:
         self._seen.add(key)
         return known
 
-    def _refusal(self, entry: os.DirEntry[str], root: Path) -> str | None:
+    def _refusal(self, entry: os.DirEntry[str], name: str, root: Path) -> str | None:
         """Return why an entry of a folder is left out, or None."""
         if entry.name.startswith("."):
             return "hidden"
-        if any(fnmatch.fnmatch(entry.name, pattern) for pattern in self._exclude):
+        path = PurePosixPath("/".join(self._sources[-1][-1:]) + name)
+        matching = [pattern for pattern in self._exclude if path.match(pattern)]
+        self._used.update(matching)
+        if matching:
             return "excluded"
         if entry.is_symlink():
             if not os.path.exists(entry.path):  # noqa: PTH110  # pathlib raises for a link to itself
@@ -199,6 +282,8 @@ class _Walk:
             if Path(entry.path).resolve().is_relative_to(root):
                 return "links within the folder"  # what they lead to is reached by its own path
         if entry.is_dir():
+            if not os.access(entry.path, os.R_OK | os.X_OK):
+                return "unreadable"
             if entry.name in _NO_SOURCE or any(Path(entry.path, marker).exists() for marker in _MARKERS):
                 return "caches and installed packages"
             return None
@@ -210,6 +295,11 @@ class _Walk:
 
     def _wanted(self, name: str) -> bool:
         lower = name.lower()
-        if self._suffixes is not None:
-            return lower.endswith(tuple(s for s in self._suffixes if s.startswith("."))) or lower in self._suffixes
-        return name in NAMES or lower.endswith(RECORDS) or Path(lower).suffix in SUFFIXES
+        if self._suffixes:
+            matching = [s for s in self._suffixes if lower == s or (s.startswith(".") and lower.endswith(s))]
+            self._used.update(matching)
+            return bool(matching)
+        suffix = Path(_uncompressed(lower)).suffix
+        return (
+            name[: len(_uncompressed(lower))] in NAMES or suffix in SUFFIXES or (suffix in KINDS and suffix != ".json")
+        )

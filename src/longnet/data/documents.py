@@ -1,21 +1,30 @@
-"""Files to documents, never a whole file at once: plain text, JSON lines, parquet, data sets on the hub."""
+"""Files to documents, never a whole file at once: plain text here, records and FASTA beside."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
-import json
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import Literal
 
-from longnet.data.corpus import HUB, SourceFile
+from longnet.data.content import READING, InputError, is_damage, opened
+from longnet.data.corpus import SourceFile
 
 PIECE_BYTES = 2**22
-_TESTED_FOR_NUL = 8000  # git's rule for what is binary
-_EXTRA = "pip install 'longnet-torch[data]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How files become documents; docs/data.md says what each option does."""
+
+    text_field: str = "text"
+    by_folder: bool = False
+    skip_damaged: bool = False
+    fasta_case: Literal["keep", "upper", "lower"] = "keep"
+    fasta_n: Literal["keep", "drop"] = "keep"
+
+
+PLAIN = Reading()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Piece:
     unit
         What goes to one split as a whole: the document's name, or its folder's.
     text
-        Bytes as they lie in the file; UTF-8 where it comes from a record.
+        Bytes as they lie in the file; UTF-8 where it comes from a record, or from UTF-16.
     starts, ends
         Whether the document starts, and ends, with this piece.
     position
@@ -48,40 +57,61 @@ class Skipped:
     reason: str
 
 
-def read_pieces(
-    file: SourceFile, *, text_field: str = "text", by_folder: bool = False, skip: int = 0
-) -> Iterator[Piece | Skipped]:
+def read_pieces(file: SourceFile, reading: Reading = PLAIN, *, skip: int = 0) -> Iterator[Piece | Skipped]:
     """Yield the documents of a file in order, from the skip-th item on, in constant memory but for one record.
 
-    Records are units of their own, with `by_folder` too. Raises ValueError that names file and line of what cannot be
-    read, or the library that is missing.
+    Records are units of their own, with `by_folder` too. Raises InputError that names file and line of what cannot be
+    read, ValueError that names the library that is missing, OSError for what may pass.
     """
+    from longnet.data import fasta, records
+
     if file.kind == "hub":
-        yield from _hub(file, text_field, skip)
+        yield from records.read_hub(file, reading, skip)
         return
-    items = {".parquet": _parquet, "text": _text}.get(file.kind, _json_lines)(file, text_field, by_folder)
-    yield from itertools.islice(items, skip, None)
+    readers = {
+        "jsonl": records.read_json_lines, "json": records.read_json, "parquet": records.read_parquet,
+        "fasta": fasta.read_fasta, "text": read_text,
+    }  # fmt: skip
+    yield from itertools.islice(readers[file.kind](file, reading), skip, None)
 
 
-def _text(file: SourceFile, _: str, by_folder: bool) -> Iterator[Piece | Skipped]:
-    unit = file.folder if by_folder else file.name
-    with Path(file.path).open("rb") as stream:
-        held = stream.read(PIECE_BYTES)
-        if not held:
-            yield Skipped("empty")
-            return
-        if b"\0" in held[:_TESTED_FOR_NUL]:
-            yield Skipped("binary")
-            return
-        position, starts = 0, True
-        while True:
-            more = stream.read(PIECE_BYTES) if len(held) >= PIECE_BYTES else b""
-            cut = _cut(held) if more else len(held)
-            position += cut
-            yield Piece(unit, held[:cut], starts, not more, position)
-            if not more:
+def read_text(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
+    """Yield a file of plain text in pieces, or what it is instead."""
+    unit = file.folder if reading.by_folder else file.name
+    position, starts, held = 0, True, b""
+    try:
+        with opened(file) as content:
+            reason = content.why_no_text()
+            if reason:
+                yield Skipped(reason)
                 return
-            held, starts = held[cut:] + more, False
+            held = content.stream.read(PIECE_BYTES)
+            if not held:
+                yield Skipped("empty")
+                return
+            while True:
+                more = content.stream.read(PIECE_BYTES) if len(held) >= PIECE_BYTES else b""
+                cut = _cut(held) if more else len(held)
+                position = content.position if file.compression else position + cut
+                yield Piece(unit, held[:cut], starts, not more, position)
+                if not more:
+                    return
+                held, starts = held[cut:] + more, False
+    except READING as error:
+        yield from pass_damage(file, reading, "", error)
+        if held:
+            yield Piece(unit, held, starts, ends=True, position=file.size)
+
+
+def pass_damage(file: SourceFile, reading: Reading, where: str, error: BaseException) -> Iterator[Skipped]:
+    """Count a file's damage where the user wants that; else raise InputError, or the error itself if it may pass."""
+    if not is_damage(error):
+        raise error
+    if not reading.skip_damaged:
+        raise InputError(
+            f"{file.path} is damaged{where} ({error}): copy it anew, or skip what is damaged with --skip-damaged"
+        ) from error
+    yield Skipped("damaged")
 
 
 def _cut(text: bytes) -> int:
@@ -93,125 +123,3 @@ def _cut(text: bytes) -> int:
     while end > len(text) - 4 and text[end - 1] & 0xC0 == 0x80:
         end -= 1
     return end - 1 if text[end - 1] >= 0xC0 else len(text)
-
-
-def _json_lines(file: SourceFile, text_field: str, _: bool) -> Iterator[Piece | Skipped]:
-    path = Path(file.path)
-    damage = (EOFError, OSError, zlib.error, *([_zstandard(file).ZstdError] if file.kind == ".jsonl.zst" else []))
-    with path.open("rb") as raw:
-        lines = _lines(raw, file)
-        for number in itertools.count(1):
-            try:
-                line = next(lines, None)
-            except damage as error:
-                raise ValueError(f"{path} is damaged after line {number - 1} ({error}): copy it anew") from error
-            if line is None:
-                return
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where} is not a JSON object but a {type(record).__name__}")
-            yield _record(record, text_field, where, f"{file.name}:{number}", raw.tell())
-
-
-def _lines(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
-    if file.kind == ".jsonl.gz":
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield from stream
-    elif file.kind == ".jsonl.zst":
-        held = b""
-        for content in _frames(raw, file):
-            *lines, held = (held + content).split(b"\n")
-            yield from lines
-        yield held
-    else:
-        yield from raw
-
-
-def _frames(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
-    """Yield what Zstandard frames hold; unlike the library's own stream this notices that the last one is cut off."""
-    frame = None
-    while content := raw.read(2**16):
-        while content:
-            frame = frame or _zstandard(file).ZstdDecompressor().decompressobj()
-            yield frame.decompress(content)
-            content = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the last frame is cut off")
-
-
-def _zstandard(file: SourceFile) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError(f"reading {file.path} needs the package zstandard: {_EXTRA}") from error
-    return zstandard
-
-
-def _parquet(file: SourceFile, text_field: str, _: bool) -> Iterator[Piece | Skipped]:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(f"reading {file.path} needs the package pyarrow: {_EXTRA}") from error
-    try:
-        with pq.ParquetFile(file.path) as table:
-            fields = table.schema_arrow.names
-            if text_field not in fields:
-                raise ValueError(_no_field(str(file.path), text_field, fields))
-            rows, number = table.metadata.num_rows, 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    where, name = f"{file.path}, row {number}", f"{file.name}:{number}"
-                    yield _record({text_field: text}, text_field, where, name, file.size * number // rows)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file.path} is not a whole parquet file ({_line(error)}): copy it anew") from error
-
-
-def _hub(file: SourceFile, text_field: str, skip: int) -> Iterator[Piece | Skipped]:
-    name, config, split, *_ = [*str(file.path).removeprefix(HUB).split(":"), "", ""]
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(f"{file.path} needs the package datasets: {_EXTRA}") from error
-    load: Callable[..., Any] = datasets.load_dataset
-    stream: Iterator[dict[str, Any]] | None = None
-    for number in itertools.count(skip + 1):
-        try:
-            if stream is None:
-                stream = iter(load(name, config or None, split=split or "train", streaming=True).skip(skip))
-            record = next(stream, None)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{file.path}: no such data set, or the hub is not reachable ({_line(error)}); "
-                f"write hf:OWNER/NAME[:CONFIG[:SPLIT]], or download it and give its files"
-            ) from error
-        if record is None:
-            return
-        yield _record(record, text_field, f"{file.path}, row {number}", f"{file.name}:{number}", 0)
-
-
-def _record(record: dict[str, Any], field: str, where: str, name: str, position: int) -> Piece | Skipped:
-    if field not in record:
-        raise ValueError(_no_field(where, field, list(record)))
-    text = record[field]
-    if text is None or text == "":
-        return Skipped("empty")
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: the field {field!r} is not text but {type(text).__name__}: choose --text-field")
-    return Piece(name, text.encode("utf-8", "surrogatepass"), starts=True, ends=True, position=position)
-
-
-def _no_field(where: str, field: str, fields: list[str]) -> str:
-    return f"{where}: no field {field!r} among {', '.join(fields) or 'none'}: choose one with --text-field"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

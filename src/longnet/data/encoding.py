@@ -19,9 +19,12 @@ import numpy.typing as npt
 
 from longnet.data import duplicates
 from longnet.data.documents import Piece
+from longnet.data.shards import token_dtype
+from longnet.data.tokenizer import gives_bytes, vocab_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Encoder:
     tokenizer
         What the `tokenizers` library saves, or None for bytes: those are their ids, and need not be UTF-8.
     end
-        The id that ends every document. The text cannot hold it: what looks like a special token is encoded as text.
+        The id that ends every document, None for none. The text cannot hold it: what looks like a special token is
+        encoded as text.
     dtype
         Of the ids.
     compare
@@ -63,7 +67,7 @@ class Encoder:
     """
 
     tokenizer: str | None
-    end: int
+    end: int | None
     dtype: str
     compare: bool
 
@@ -73,13 +77,13 @@ class Encoder:
             rows, replaced = [np.frombuffer(piece.text, dtype=np.uint8) for piece in pieces], 0
         else:
             rows, replaced = self._ids([piece.text for piece in pieces])
-        end = np.array([self.end], dtype=self.dtype)
+        end = np.array([] if self.end is None else [self.end], dtype=self.dtype)
         parts = [
             part for row, piece in zip(rows, pieces, strict=True) for part in (row, *([end] if piece.ends else []))
         ]
         return Encoded(
             np.concatenate([np.empty(0, dtype=self.dtype), *parts], dtype=self.dtype),
-            [len(row) + piece.ends for row, piece in zip(rows, pieces, strict=True)],
+            [len(row) + piece.ends * len(end) for row, piece in zip(rows, pieces, strict=True)],
             replaced,
             [
                 (duplicates.digest(piece.text), duplicates.signature(piece.text))
@@ -99,6 +103,17 @@ class Encoder:
                 replaced += 1
         encodings = _loaded(self.tokenizer or "").encode_batch_fast(strings, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings], replaced
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerFast, *, end: bool = True, compare: bool = False) -> Encoder:
+    """Return what encodes documents with a tokenizer; without `end` no token follows them."""
+    plain = gives_bytes(tokenizer)
+    return Encoder(
+        None if plain else tokenizer.backend_tokenizer.to_str(),
+        tokenizer.eos_token_id if end else None,
+        token_dtype(vocab_size(tokenizer)).name,
+        compare,
+    )
 
 
 @functools.lru_cache(maxsize=1)

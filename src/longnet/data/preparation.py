@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longnet.data.assembly import STATE, Options, assemble
+from longnet.data.content import InputError
 from longnet.data.corpus import list_corpus
 from longnet.data.shards import INDEX, TOKEN_BYTES, TokenData, read_index
 from longnet.data.tokenizer import load_tokenizer
@@ -23,11 +24,12 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A finished folder: its index, the seconds this took, and whether it had been there already."""
+    """A finished folder: its index, the seconds it took, whether it had been there already, options without effect."""
 
     index: dict[str, Any]
     seconds: float
     known: bool
+    unused: list[str]
 
 
 def prepare(
@@ -59,26 +61,51 @@ def _prepare(options: Options, folder: Path, workers: int | None, overwrite: boo
         saved = tokenizer.backend_tokenizer.to_str().encode()
         identity["tokenizer"] = hashlib.blake2b(saved, digest_size=16).hexdigest()
     if _claim(folder, identity, overwrite):
-        return Prepared(read_index(folder), time.monotonic() - began, known=True)
+        return Prepared(read_index(folder), time.monotonic() - began, True, corpus.unused)
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = folder / UNFINISHED
     try:
         if not (work / INDEX).exists():
             assemble(options, corpus, work, tokenizer, workers=workers, progress=progress)
-    except ValueError:
-        shutil.rmtree(work)  # what is wrong in the input has to be mended there, which makes it another input
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    except ValueError as error:
+        # What is wrong in the input has to be mended there, which makes it another input. All else may pass.
+        if isinstance(error, InputError) or not _has_cost(work):
+            shutil.rmtree(work)
+            if not any(folder.iterdir()):
+                folder.rmdir()
         raise
     publish(folder)
-    return Prepared(read_index(folder), time.monotonic() - began, known=False)
+    return Prepared(read_index(folder), time.monotonic() - began, False, corpus.unused)
+
+
+def _has_cost(work: Path) -> bool:
+    """Tell whether unfinished work holds a vocabulary or tokens."""
+    state = json.loads((work / STATE).read_bytes())
+    return bool(state.get("trained") or state.get("writer"))
+
+
+def _begun(work: Path) -> dict[str, Any] | None:
+    """Return what unfinished data are made from, {} where their state is damaged, None where there are none."""
+    try:
+        return _with_defaults(json.loads((work / STATE).read_bytes())["identity"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity that may be older than some options, which were then as they are by default."""
+    fields = dataclasses.fields(Options)
+    defaults = {item.name: item.default for item in fields if item.default is not dataclasses.MISSING}
+    return {**identity, "options": json.loads(json.dumps({**defaults, **identity["options"]}))}
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
     """Return whether the folder is finished already, or make it ready to be written; raise where it must not be."""
     work = folder / UNFINISHED
-    begun = json.loads((work / STATE).read_bytes())["identity"] if (work / STATE).exists() else None
+    begun = _begun(work)
     finished = _finished(folder, identity, overwrite)
     if finished == identity:
         if begun == identity:
@@ -86,7 +113,13 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
         return True
     if begun == identity:
         return False
+    if begun and not _has_cost(work):
+        begun = None
     known = finished if finished is not None else begun
+    if begun == {} and not overwrite:
+        raise ValueError(
+            f"{work / STATE} is damaged, so that the work begun there cannot go on: begin it anew with --overwrite"
+        )
     if known is not None and not overwrite:
         raise ValueError(
             f"{folder} was made, or begun, {_difference(known, identity)}: give another folder, or --overwrite"
@@ -106,6 +139,7 @@ def _finished(folder: Path, identity: dict[str, Any], overwrite: bool) -> dict[s
         return None
     try:
         found = dict(read_index(folder)["provenance"].get("identity", {}))
+        found = _with_defaults(found) if found else found
         if found == identity:
             data = TokenData.open(folder)
             if overwrite:

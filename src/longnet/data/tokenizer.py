@@ -100,6 +100,18 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
+def gives_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Tell a tokenizer whose ids are the bytes of the text: `bytes`, or another one that does the same."""
+    backend = tokenizer.backend_tokenizer
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if len(tokenizer.get_vocab().keys() - added) != 2**8 or backend.normalizer is not None:
+        return False
+    return list(backend.encode(_SAMPLE, add_special_tokens=False).ids) == list(_SAMPLE.encode())
+
+
+_SAMPLE = "".join(map(chr, range(128))) + "ÀÉïöß€中😀"
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
     """Return the bytes of text that each token stands for, (V,) int32: 0 for special tokens and for unused ids.
 

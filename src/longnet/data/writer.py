@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from longnet.data.content import InputError
 from longnet.data.shards import (
     FORMAT,
     INDEX,
@@ -51,7 +52,7 @@ class GrowingArray:
         path.parent.mkdir(parents=True, exist_ok=True)
         size = _HEADER_BYTES + length * dtype.itemsize
         if length and (not path.exists() or path.stat().st_size < size):
-            raise ValueError(
+            raise InputError(
                 f"{path} is shorter than when it was last synced: run the command again, which starts anew"
             )
         self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")

@@ -15,155 +15,68 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from longnet.data.corpus import list_corpus
+from longnet.data.documents import PLAIN, Reading
+from longnet.data.encoding import make_encoder
+from longnet.data.reading import Cursor, TokenStream
+from longnet.data.tokenizer import load_tokenizer
 from longnet.model import DilatedCache
 from longnet.model.versions import CACHE
 
-_BLOCK_BYTES = 2**20  # of text, cut at a line's end, that go through a tokenizer at a time
 _BLOCK_LOGITS = 2**19  # held at a time: 2 MiB in float32, which stay in cache
 PEAK_AT = 2**24  # tokens after which the peak memory is noted, to be compared with that at the end
-
-
-@dataclass
-class Cursor:
-    """Where reading goes on: a file, a place in it in bytes, and tokens to skip from there."""
-
-    file: int = 0
-    offset: int = 0
-    skip: int = 0
 
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Source(Protocol):
-    """Tokens of a list of files, one after the other; `tokens` of them, if that is known before they are read."""
-
-    files: list[Path]
-    sizes: list[int]
-    fingerprint: str
-    tokens: int | None
-
-    def read(self, cursor: Cursor, tokens: int) -> tuple[Ids, Cursor]:
-        """Return the next tokens, fewer only at the end, and where to go on."""
-
-
-class ByteSource:
-    """Bytes as they lie; a token is a byte."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.files = list_files(paths)
-        self.sizes = [path.stat().st_size for path in self.files]
-        self.fingerprint = _fingerprint(self.files, self.sizes, "bytes")
-        self.tokens: int | None = sum(self.sizes)
-
-    def read(self, cursor: Cursor, tokens: int) -> tuple[Ids, Cursor]:
-        """Return the next bytes as tokens, fewer only at the end, and where to go on."""
-        parts: list[bytes] = []
-        file, offset = cursor.file, cursor.offset
-        while tokens and file < len(self.files):
-            with self.files[file].open("rb") as opened:
-                opened.seek(offset)
-                parts.append(opened.read(min(tokens, self.sizes[file] - offset)))
-            tokens, offset = tokens - len(parts[-1]), offset + len(parts[-1])
-            if offset >= self.sizes[file] or not parts[-1]:
-                file, offset = file + 1, 0
-        return np.frombuffer(b"".join(parts), np.uint8).astype(np.int64), Cursor(file, offset)
-
-
-class TokenSource:
-    """Text through a tokenizer, a mebibyte at a time, cut where a line ends; bytes that are no UTF-8 become U+FFFD."""
-
-    def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
-        self.files, self._tokenizer = list_files(paths), tokenizer
-        self.sizes = [path.stat().st_size for path in self.files]
-        self.fingerprint = _fingerprint(self.files, self.sizes, tokenizer.to_str())
-        self.tokens: int | None = None
-        self._held: tuple[tuple[int, int], list[int], int] = ((-1, 0), [], 0)
-
-    def read(self, cursor: Cursor, tokens: int) -> tuple[Ids, Cursor]:
-        """Return the next tokens, fewer only at the end, and where to go on."""
-        parts: list[int] = []
-        file, offset, skip = cursor.file, cursor.offset, cursor.skip
-        while len(parts) < tokens and file < len(self.files):
-            ids, size = self._block(file, offset)
-            taken = ids[skip : skip + tokens - len(parts)]
-            parts, skip = parts + taken, skip + len(taken)
-            if skip == len(ids):
-                offset, skip = offset + size, 0
-                if offset >= self.sizes[file] or not size:
-                    file, offset = file + 1, 0
-        return np.asarray(parts, np.int64), Cursor(file, offset, skip)
-
-    def _block(self, file: int, offset: int) -> tuple[list[int], int]:
-        if self._held[0] != (file, offset):
-            with self.files[file].open("rb") as opened:
-                opened.seek(offset)
-                data = opened.read(_BLOCK_BYTES)
-            if offset + len(data) < self.sizes[file]:
-                data = data[: data.rfind(b"\n") + 1] or data
-            ids = self._tokenizer.encode(data.decode(errors="replace"), add_special_tokens=False).ids
-            self._held = (file, offset), ids, len(data)
-        return self._held[1], self._held[2]
-
-
-def open_source(paths: Sequence[Path], tokenizer: str | None, model_folder: Path, vocab_size: int) -> Source:
-    """Choose how files become tokens.
+def open_source(
+    paths: Sequence[Path | str],
+    tokenizer: str | None,
+    model_folder: Path,
+    vocab_size: int,
+    *,
+    reading: Reading = PLAIN,
+    suffixes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> TokenStream:
+    """Choose how files become tokens: those that `longnet prepare` makes of them, a document's end token among them.
 
     Args:
-        paths: files, and folders whose files are taken, recursively, in the order of their paths.
-        tokenizer: "bytes", or a tokenizer.json or a folder with one; that of the model when None, and bytes where it
-            has none and knows at most 320 tokens.
+        paths: as `longnet prepare` takes them.
+        tokenizer: as `longnet prepare` takes it; that of the model when None, and bytes where it has none and knows at
+            most 320 tokens.
         model_folder: of the model.
-        vocab_size: tokens that the model knows.
+        vocab_size: tokens that the model knows. Where the end token is none of them, no token ends a document.
+        reading: how files become documents.
+        suffixes: of the files of folders that are taken.
+        exclude: patterns of those that are not.
 
     Raises:
-        ValueError: no tokenizer, or one with more tokens than the model.
-        OSError: a path that does not exist, or no file at all.
+        ValueError: no tokenizer, or one with more tokens than the model; no text.
+        OSError: a path that does not exist.
     """
-    place = model_folder if tokenizer is None else Path(tokenizer)
-    file = place / "tokenizer.json" if place.is_dir() else place
-    if tokenizer == "bytes" or (tokenizer is None and not file.is_file() and vocab_size <= 320):
-        if vocab_size < 256:
-            raise ValueError(f"the model knows {vocab_size} tokens, which are fewer than bytes: give --tokenizer")
-        return ByteSource(paths)
-    if not file.is_file():
-        raise ValueError(f"there is no tokenizer at {file}: give --tokenizer, a tokenizer.json, its folder, or bytes")
-    loaded = Tokenizer.from_file(str(file))
-    if loaded.get_vocab_size() > vocab_size:
-        raise ValueError(f"the tokenizer has {loaded.get_vocab_size()} tokens, the model knows {vocab_size}")
-    if vocab_size >= 256 and loaded.encode(_SAMPLE, add_special_tokens=False).ids == list(_SAMPLE.encode()):
-        return ByteSource(paths)
-    return TokenSource(paths, loaded)
-
-
-_SAMPLE = "".join(map(chr, range(128))) + "ÀÉïöß€中😀"  # a tokenizer that gives its bytes gives bytes
-
-
-def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, those of folders recursively in the order of their paths; links are not followed.
-
-    Raises:
-        OSError: a path that does not exist, or no file at all.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
-        elif path.exists():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no file {path}")
-    if not files:
-        raise FileNotFoundError(f"no file in {', '.join(map(str, paths))}")
-    return files
+    if tokenizer is None:
+        if not (model_folder / "tokenizer.json").is_file() and vocab_size > 320:
+            raise ValueError(
+                f"there is no tokenizer at {model_folder}: give --tokenizer, a tokenizer.json, its folder, or bytes"
+            )
+        tokenizer = str(model_folder) if (model_folder / "tokenizer.json").is_file() else "bytes"
+    loaded = load_tokenizer(tokenizer)
+    known = max(index for token, index in loaded.get_vocab().items() if token != loaded.eos_token) + 1
+    if known > vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {known:,} tokens, the model knows {vocab_size:,}: give another"
+        )
+    corpus = list_corpus([str(path) for path in paths], suffixes=suffixes, exclude=exclude)
+    return TokenStream(corpus, reading, make_encoder(loaded, end=loaded.eos_token_id < vocab_size))
 
 
 @dataclass
@@ -221,7 +134,7 @@ class Sums:
 @torch.inference_mode()
 def stream(
     model: Any,
-    source: Source,
+    source: TokenStream,
     output: Path,
     *,
     chunk: int = 65_536,
@@ -257,7 +170,7 @@ def stream(
     _check_head(model)
     output.mkdir(parents=True, exist_ok=True)
     saved_at = sums.tokens
-    limit = source.tokens if tokens is None else tokens
+    limit = tokens
     is_last = False
     while not is_last and (limit is None or sums.tokens < limit):
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -344,19 +257,17 @@ def _save(
 
 
 def _load(state: Path, key: dict[str, Any], model: Any) -> tuple[Sums, Cursor, int | None, DilatedCache]:
-    about = json.loads(state.read_text())
-    changed = [name for name, value in key.items() if about["key"].get(name) != value]
+    try:
+        about = json.loads(state.read_text())
+        changed = [name for name, value in key.items() if about["key"].get(name) != value]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{state} is damaged ({error}): begin anew with another folder, or remove it") from error
     if changed:
-        raise ValueError(f"{state} is of another {' and '.join(changed)}: give them as before, or another folder")
+        raise ValueError(
+            f"{state} is of another {' and '.join(changed)}: give them as before, files unchanged, or another folder"
+        )
     cache = DilatedCache.load(state.with_name(about["cache"]), model.config, device=next(model.parameters()).device)
     return Sums(**about["sums"]), Cursor(**about["cursor"]), about["pending"], cache
-
-
-def _fingerprint(files: Sequence[Path], sizes: Sequence[int], way: str) -> str:
-    digest = hashlib.sha256(way.encode())
-    for path, size in zip(files, sizes, strict=True):
-        digest.update(f"{path}\0{size}\0".encode())
-    return digest.hexdigest()
 
 
 def peak_bytes() -> int:
