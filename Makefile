@@ -1,6 +1,7 @@
 # make demo   installs into .venv, learns Python's standard library for five minutes, shows what context is worth
 # make test   installs and tests; make check lints, types and layers; make fix formats
-.PHONY: install fix check test test-oldest test-deep test-gpu bench demo
+# make wheel  builds dist/longnet_torch-….whl, recipes and types inside
+.PHONY: install fix check test test-oldest test-deep test-gpu test-wheel wheel bench demo
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -60,6 +61,13 @@ test-oldest: $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu" \
 	  $(addprefix tests/,model evaluation training comparison bench cli)
 
+wheel: install
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+test-wheel: wheel
+	$(PYTEST) tests/test_wheel.py
+
 test-deep: install
 	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu" --hypothesis-profile deep --timeout 36000
 
@@ -75,7 +83,7 @@ demo: $(PACKAGE)
 	$(BIN)/longnet prepare "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
 	  --suffixes .py --exclude test tests idle_test encodings pydoc_data lib2to3 \
 	  --train-bpe 4096 --split-by folder --validation 0.08 --output $(DEMO)/data
-	$(BIN)/longnet train recipes/demo.toml --output $(DEMO)/run --resume
+	$(BIN)/longnet train demo --output $(DEMO)/run --resume
 	$(BIN)/longnet evaluate $(DEMO)/run $(DEMO)/data --contexts 64,256,1024 --tokens 131072 \
 	  --output $(DEMO)/evaluation --report $(DEMO)/report.html
 	$(BIN)/longnet generate $(DEMO)/run --prompt 'def ' --tokens 120

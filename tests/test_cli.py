@@ -1,10 +1,15 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import longnet
 from longnet.bench import attention
+from longnet.cli.commands import make_app
+from longnet.cli.lists import spread_lists
 from longnet.cli.main import main
 
 
@@ -39,7 +44,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
-        (["show", "8:1"], "--tokens requires an argument"),
+        (["show", "8:1"], "show needs --tokens; for example: longnet show paper -n 32768"),
         (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
         (["show", "8:1", "-n", "x"], "unable to convert"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
@@ -49,7 +54,10 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "8:1", "-n", "8", "-o", "/"], "cannot draw"),
         (["bench", "attention", "--quick", "-o", "/dev/null/x"], "Not a directory"),
         (["bench", "attention", "--repeats", "0"], "--repeats must be at least 1"),
-        (["train"], "train"),
+        (["train"], "train needs RECIPE; for example: longnet train demo --data.path runs/data -o runs/mine"),
+        (["trian", "demo"], "there is no command 'trian': did you mean train?"),
+        (["frobnicate"], "there is no command 'frobnicate': there are show, prepare"),
+        (["bench", "atention"], 'Unknown command "atention". Did you mean "attention"?'),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments, message):
@@ -58,6 +66,57 @@ def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments,
     assert message in error
     assert error.startswith("longnet: ")
     assert error.count("\n") == 1
+
+
+def test_an_error_that_nobody_raised_on_purpose_is_no_mistake_of_the_users(monkeypatch):
+    def break_down(*_, **__):
+        return int("not a number")
+
+    monkeypatch.setattr("longnet.attention.pattern.DilationPattern.parse", break_down)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(monkeypatch, "show", "8:1", "-n", "8")
+
+
+def test_the_version_is_the_packages(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == longnet.__version__
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_ctrl_c_is_one_line_and_status_130(when, tmp_path):
+    """However early: what the command imports first is a module that tells us that it is being imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def watched(name, *rest, **more):\n"
+        f"    if name == {('cyclopts' if when == 'at once' else 'torch')!r} and sys._getframe(1).f_globals['__name__']"
+        ".startswith('longnet'):\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = watched\n"
+    )
+    paths = [str(tmp_path), str(Path(longnet.__file__).parents[1])]
+    stopped = subprocess.run(
+        [sys.executable, "-m", "longnet", "show", "8:1", "-n", "8"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "longnet: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "spread"),
+    [
+        ("evaluate M D --contexts 64,2K --tokens 9", "evaluate M D --contexts 64 2048 --tokens 9"),
+        ("evaluate M D --contexts=64,256", "evaluate M D --contexts 64 256"),
+        ("evaluate M D --contexts 64 256 --report a,b", "evaluate M D --contexts 64 256 --report a,b"),
+        ("train demo --optim.betas 0.9,0.95 -o a,b", "train demo --optim.betas 0.9 0.95 -o a,b"),
+        ("train demo --evaluate.contexts 64, 1k", "train demo --evaluate.contexts 64 1024"),
+        ("prepare a,b --suffixes .py,.md -o X", "prepare a,b --suffixes .py .md -o X"),
+        ("generate M --prompt a,b", "generate M --prompt a,b"),
+    ],
+)
+def test_lists_are_written_in_one_way(words, spread):
+    assert spread_lists(make_app(), words.split()) == spread.split()
 
 
 def test_bench_attention_writes_rows_and_a_picture(monkeypatch, capsys, tmp_path):

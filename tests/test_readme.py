@@ -26,7 +26,6 @@ def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, capsys):
     smaller = "--train.steps 4 --train.device cpu --evaluate.every 2 --evaluate.contexts 64 128 --sample.every 0"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-project").symlink_to(ROOT / "src", target_is_directory=True)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     commands = [shlex.split(line.removeprefix("$ ")) for line in block.splitlines()]
     assert [command[1] for command in commands] == ["prepare", "train", "evaluate", "generate"]

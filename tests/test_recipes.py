@@ -6,22 +6,30 @@ from pathlib import Path
 import pytest
 
 from longnet.cli.main import main
-
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+from longnet.cli.recipe import find_recipe, recipes
 
 
 def test_there_are_recipes():
-    assert {"demo", "table2-tiny", "table2-small", "paper-125m", "paper-2.7b"} <= {path.stem for path in RECIPES}
+    assert {"demo", "table2-tiny", "table2-small", "paper-125m", "paper-2.7b"} <= set(recipes())
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_read_whole(path, monkeypatch, capsys, tmp_path):
+def test_a_file_comes_before_a_name_and_a_wrong_name_is_told_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "[data]" in find_recipe(Path("demo")).read_text()
+    Path("demo").write_text("mine")
+    assert find_recipe(Path("demo")).read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match=r"no recipe recipes/table2.toml: .*did you mean table2-"):
+        find_recipe(Path("recipes/table2.toml"))
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_read_whole(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)  # so that no data are prepared
-    monkeypatch.setattr(sys, "argv", ["longnet", "info", str(path)])
+    monkeypatch.setattr(sys, "argv", ["longnet", "info", name])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
     printed = capsys.readouterr().out
     assert "dilated" in printed
     assert "a token in training" in printed
-    assert "longnet prepare" in path.read_text()
+    assert "longnet prepare" in find_recipe(Path(name)).read_text()

@@ -74,13 +74,13 @@ def test_the_commands_of_the_documentation_are_recipes():
     """What docs/distributed.md starts under torchrun: tables that go together, with as many ranks as processes."""
     text = (ROOT / "docs/distributed.md").read_text().partition("## Launching")[2].partition("## How")[0]
     commands = re.findall(
-        r"torchrun (.*?)-m longnet train (recipes/\S+) -o RUN --resume (.*?)$", text.replace("\\\n", ""), re.MULTILINE
+        r"torchrun (.*?)-m longnet train (\S+) -o RUN --resume (.*?)$", text.replace("\\\n", ""), re.MULTILINE
     )
     assert len(commands) == 3
     for launch, path, flags in commands:
         nodes = re.search(r"--nnodes (\d+)", launch.replace('"$SLURM_JOB_NUM_NODES"', "8"))
         each = re.search(r"--nproc-per-node (\d+)", launch)
-        recipe = load_recipe(ROOT / path, flags.split(), kind=Recipe)
+        recipe = load_recipe(Path(path), flags.split(), kind=Recipe)
         recipe.resolve(SimpleNamespace(vocab_size=100_352, end_of_text=None))
         assert recipe.parallel.size == int(nodes[1] if nodes else 1) * int(each[1])
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, LongNetModel, dilated_attention
-from longnet.model.positions import RotaryPositions
 from longnet.model.versions import CACHE, checkpoint_layers
 from longnet.model.visibility import visible_tokens
+from longnet.positions import RotaryPositions
 
 SAME = 1e-5  # logits and gradients in float32, along two paths
 FLOAT64 = 1e-10

@@ -20,7 +20,7 @@ def bench_attention(
     quick: bool = False,
     device: str = "auto",
     repeats: int | None = None,
-    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("benchmarks/results"),
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Time dilated attention against dense SDPA and against its own bare kernel calls (the paper's Figure 5).
 
@@ -33,7 +33,7 @@ def bench_attention(
     repeats
         Counted rounds at the longest length, up to ten times as many at shorter ones; figures are their medians.
     output
-        Folder for attention.jsonl (rows are appended) and runtime.png.
+        Folder for attention.jsonl (rows are appended) and runtime.png; benchmarks/results, and runs/bench with --quick.
     """
     from rich import box
     from rich.console import Console
@@ -44,7 +44,7 @@ def bench_attention(
     from longnet.plots import draw_runtime
 
     place = find_device(device, option="--device")
-    output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the measurements, not after
+    output = _folder(output, quick=quick)  # a wrong folder shows before the measurements, not after
     settings = attention.QUICK if quick else attention.Settings()
     if repeats is not None:
         at_least_one(repeats=repeats)
@@ -82,7 +82,7 @@ def bench_decode(
     quick: bool = False,
     sizes: bool = False,
     device: str = "auto",
-    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("benchmarks/results"),
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Time one token after the other at lengths up to a billion, with the DilatedCache and with the dense cache.
 
@@ -95,7 +95,7 @@ def bench_decode(
     device
         "cpu", "cuda", or "auto" for CUDA where there is one.
     output
-        Folder for decode.jsonl; rows are appended.
+        Folder for decode.jsonl, to which rows are appended; benchmarks/results, and runs/bench with --quick.
     """
     from rich import box
     from rich.console import Console
@@ -116,7 +116,7 @@ def bench_decode(
     console.print(table)
     if sizes:
         return
-    output.mkdir(parents=True, exist_ok=True)
+    output = _folder(output, quick=quick)
     try:
         rows = list(decode.run(decode.QUICK if quick else decode.Settings(), place))
     except GateError as error:
@@ -136,7 +136,7 @@ def bench_distributed(
     quick: bool = False,
     ranks: int | None = None,
     repeats: int | None = None,
-    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("benchmarks/results"),
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Time a training step of one sequence across processes against that of one process; count bytes and memory.
 
@@ -149,7 +149,7 @@ def bench_distributed(
     repeats
         Counted rounds of each case; figures are their medians.
     output
-        Folder for distributed.jsonl; rows are appended.
+        Folder for distributed.jsonl, to which rows are appended; benchmarks/results, and runs/bench with --quick.
     """
     import torch
     from rich.console import Console
@@ -162,7 +162,7 @@ def bench_distributed(
         if number is not None:
             at_least_one(**{name: number})
             settings = dataclasses.replace(settings, **{name: number})
-    output.mkdir(parents=True, exist_ok=True)
+    output = _folder(output, quick=quick)
     console = Console(highlight=False)
     try:
         rows = list(distributed.run(settings))
@@ -187,6 +187,13 @@ def bench_distributed(
             console.print(f"peak memory of each of {row['ranks']}: {peaks}, of which the step {steps}")
     record.append(rows, output / "distributed.jsonl", torch.device("cpu"))
     console.print(f"rows in {output / 'distributed.jsonl'}")
+
+
+def _folder(output: Path | None, *, quick: bool) -> Path:
+    """Make the folder of the results: the repository's own only for measurements that are whole."""
+    folder = output or (Path("runs/bench") if quick else Path("benchmarks/results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _size(number: float) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one, lengths
+from longnet.cli.check import at_least_one
+from longnet.cli.lists import LIST
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,10 +21,10 @@ def evaluate(
     model: Path,
     data: Path,
     *,
-    contexts: str = "",
+    contexts: Annotated[tuple[int, ...], LIST] = (),
     tokens: int = 2**18,
     passkey: bool = False,
-    distances: str = "",
+    distances: Annotated[tuple[int, ...], LIST] = (),
     trials: int = 20,
     attention: str | None = None,
     batch_tokens: int = 2**15,
@@ -40,7 +41,7 @@ def evaluate(
     data
         Folder that `longnet prepare` wrote.
     contexts
-        Context lengths with commas between, like 512,2048,8K, each a divisor of the longest; they may exceed the
+        Context lengths, like 512,2048,8K or 512 2048 8K, each a divisor of the longest; they may exceed the
         length of training. When left out: an eighth of the training length, a half, the whole.
     tokens
         Validation tokens that every context scores, at most.
@@ -71,17 +72,21 @@ def evaluate(
     from longnet.measurement import find_device, provenance
 
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
+    for length in contexts:
+        at_least_one(contexts=length)
+    for length in distances:
+        at_least_one(distances=length)
     place = find_device(device, option="--device")
     loaded = load_model(model, place, attention)
     token_data = TokenData.open(data)
     refuse_other_vocabulary(loaded.folder, int(loaded.model.config.vocab_size), data, token_data.vocab_size)
-    asked = lengths("--contexts", contexts) if contexts else _contexts(loaded.training_length)
+    asked = contexts or _contexts(loaded.training_length)
     # What cannot be is refused before anything is computed.
     unit_starts(token_data.validation, asked, tokens)
     tokenizer = load_tokenizer(token_data.tokenizer_folder)
     far: tuple[int, ...] = ()
     if passkey:
-        far = lengths("--distances", distances) if distances else doubling_distances(max(asked))
+        far = distances or doubling_distances(max(asked))
     for distance in far:
         make_prompts(tokenizer, token_data.validation, distance, trials=1)
     console = Console(highlight=False, soft_wrap=True)

@@ -29,7 +29,7 @@ def info(
     Parameters
     ----------
     path
-        A recipe (TOML), a run or Hugging Face model folder, or a folder that `longnet prepare` wrote.
+        A recipe (TOML, or its name), a run or Hugging Face model folder, or a folder that `longnet prepare` wrote.
     settings
         Flags with the last word over a recipe, as `longnet train` takes them: --parallel.sp 8.
     tokens
@@ -39,11 +39,13 @@ def info(
     output
         Where to draw the attention; its suffix is the format (.png, .svg, .pdf).
     """
+    from longnet.cli.recipe import recipes
+
     if tokens is not None:
         at_least_one(tokens=tokens)
     if memory is not None and not 0 < memory < math.inf:
         raise ValueError(f"--memory must be a number of GiB above 0, got {memory}")
-    if path.suffix == ".toml":
+    if path.suffix == ".toml" or (not path.exists() and str(path) in recipes()):
         lines, config, tokens = _of_recipe(path, settings, tokens, memory)
     elif settings or memory is not None:
         given = "--memory" if memory is not None else settings[0]
@@ -189,8 +191,6 @@ def _of_config(config: PreTrainedConfig, tokens: int, *, training: bool) -> list
 
 
 def _of_data(path: Path) -> list[tuple[str, str]]:
-    import json
-
     import numpy as np
 
     from longnet.data.shards import TokenData
@@ -210,8 +210,24 @@ def _of_data(path: Path) -> list[tuple[str, str]]:
                 f"{name} {int(mark):,}" for name, mark in zip(("10 %", "half", "90 %", "all"), marks, strict=True)
             )
             lines.append(("", f"tokens a document, at most: {shares}"))
-    lines += [(name, json.dumps(value, ensure_ascii=False)) for name, value in data.provenance.items()]
+    lines += [(name.replace("_", " "), _in_words(value)) for name, value in data.provenance.items()]
     return lines
+
+
+def _in_words(value: object) -> str:
+    """Return what data tell of their origin as a person would write it."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case None | "" | [] | {}:
+            return "none"
+        case dict():
+            return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
+        case list():
+            return ", ".join(_in_words(part) for part in value)
+    return str(value)
 
 
 def _draw(config: PreTrainedConfig | None, tokens: int, output: Path) -> None:

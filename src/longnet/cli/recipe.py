@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.resources
 import re
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import cyclopts
 from cyclopts import ArgumentCollection
+
+from longnet.cli.lists import spread_lists
 
 if TYPE_CHECKING:
     from longnet.training.config import Recipe
@@ -28,7 +32,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, kind: type[R]) -> 
     """Return the recipe of a file, with flags in the command line's form over it.
 
     Args:
-        path: of a TOML file.
+        path: of a TOML file, or the name of a recipe that comes with LongNet: "demo".
         overrides: for example ["--optim.lr", "3e-4"].
         kind: Recipe, or a dataclass that extends it by tables.
 
@@ -45,7 +49,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, kind: type[R]) -> 
     app.default(read)
     app.config = (RecipeFile(kind),)
     try:
-        command, bound, _ = app.parse_args([str(path), *overrides], exit_on_error=False, print_error=False)
+        command, bound, _ = app.parse_args(
+            spread_lists(app, [str(path), *overrides]), exit_on_error=False, print_error=False
+        )
     except cyclopts.CycloptsError as error:
         raise ValueError(str(error)) from error
     return command(*bound.args, **bound.kwargs)  # type: ignore[no-any-return]
@@ -79,6 +85,28 @@ class RecipeFile:
         cyclopts.config.Dict(tables, source=source)(app, commands, arguments)
 
 
+def find_recipe(path: Path) -> Path | Traversable:
+    """Return a recipe's file: the one at `path`, or the one of that name that comes with LongNet.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if path.is_file():
+        return path
+    ours = recipes()
+    if str(path) in ours:
+        return ours[str(path)]
+    near = difflib.get_close_matches(path.stem, ours, n=1)
+    hint = f": did you mean {near[0]}?" if near else f" or a name: {', '.join(ours)}"
+    raise FileNotFoundError(f"there is no recipe {path}: give a TOML file{hint}")
+
+
+def recipes() -> dict[str, Traversable]:
+    """Return the recipes that come with LongNet, by name."""
+    files = (importlib.resources.files("longnet") / "recipes").iterdir()
+    return {file.name.removesuffix(".toml"): file for file in sorted(files, key=lambda file: file.name)}
+
+
 def read_tables(path: Path, kind: type[Any]) -> dict[str, Any]:
     """Return the tables of a TOML file, checked against a recipe's dataclass.
 
@@ -86,10 +114,8 @@ def read_tables(path: Path, kind: type[Any]) -> dict[str, Any]:
         ValueError: no TOML, or a wrong key or value.
         OSError: there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}: give a TOML file")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(find_recipe(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
     known = get_type_hints(kind)

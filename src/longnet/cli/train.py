@@ -53,5 +53,7 @@ def train(
         told = f"stopped by {summary.stopped_by.name} after {figures}; continue with --resume"
     if summary.rank == 0:
         print(told)
+        print("import longnet, transformers")
+        print(f"model = transformers.AutoModelForCausalLM.from_pretrained({str(summary.model_folder)!r})")
     if summary.stopped_by is not None:
         sys.exit(128 + summary.stopped_by)

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 
 from longnet.attention.pattern import DilationPattern, HeadOffsets, Queries
 from longnet.model.patterns import pattern_of
-from longnet.model.positions import xpos_span
 from longnet.model.versions import FieldsConfig
+from longnet.positions import xpos_span
 
 PositionEmbedding = Literal["xpos", "rope", "none"]
 
@@ -70,7 +70,7 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         intermediate_size: width of the feed-forward layers; 4 · hidden_size when None.
         hidden_act: activation between fc1 and fc2, a name of transformers.
         max_position_embeddings: tokens the model is meant for. Limits nothing by itself: where dense attention uses
-            xPos it places the centre of the scales (`longnet.model.positions`).
+            xPos it places the centre of the scales (`longnet.positions`).
         segment_lengths: w_i of the branches, in tokens (arXiv:2307.02486 eq. 3-12).
         dilation_rates: r_i of the branches.
         head_offsets: `"mod"` (the paper) or `"block"` (torchscale).

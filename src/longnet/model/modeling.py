@@ -24,10 +24,10 @@ from longnet.model import interface  # noqa: F401  # registers "dilated" with tr
 from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
 from longnet.model.patterns import warn_of_unseen
-from longnet.model.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels, positions_of_slice
 from longnet.model.versions import CACHE, capture_outputs, columns_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
+from longnet.positions import RotaryPositions, Rotation, refuse_late_starts, rotate, turn_steps
 
 _CPU_TOKENS = 2048  # that go through a feed-forward layer at a time where no gradient is wanted
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from longnet.measurement import seconds
 
@@ -113,8 +114,11 @@ class Screen:
         self._steps, self._speaks = steps, speaks
         self._bar: Progress | None = None
         if self._console.is_terminal and wanted:
-            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=self._console)
+            # Where the terminal is narrow the figures are cut at their end: step and time left stay.
+            figures = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+            step_of = TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True))
+            bar_width = 20 if self._console.width >= 100 else 8
+            self._bar = Progress(step_of, BarColumn(bar_width), figures, console=self._console, expand=True)
             self._task: TaskID = self._bar.add_task("", total=steps, completed=step)
 
     def __enter__(self) -> Self:
@@ -156,8 +160,8 @@ def describe(row: dict[str, Any], seconds_left: float) -> str:
     loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
     gradient = "none" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}"
     return (
-        f"loss {loss}  lr {row['lr']:.2e}  gradient {gradient}  {row['tokens_per_s']:,.0f} tokens/s  "
-        f"MFU {utilisation}  {row['memory'] / 2**30:.2f} GiB  {_clock(seconds_left)} left"
+        f"{_clock(seconds_left)} left  loss {loss}  lr {row['lr']:.2e}  gradient {gradient}  "
+        f"{row['tokens_per_s']:,.0f} tokens/s  MFU {utilisation}  {row['memory'] / 2**30:.2f} GiB"
     )
 
 

@@ -7,7 +7,7 @@ import mpmath
 import pytest
 import torch
 
-from longnet.model.positions import RotaryPositions, rotate, xpos_span
+from longnet.positions import RotaryPositions, rotate, xpos_span
 
 HALF_ULP = 2**-24  # a cosine rounded once to float32 errs by at most this
 BFLOAT16_EPS = 2**-8

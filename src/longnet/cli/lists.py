@@ -1,0 +1,55 @@
+"""One way of writing lists on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+import cyclopts
+
+LIST = cyclopts.Parameter(consume_multiple=True, negative=())  # an option that takes several values
+
+
+def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
+    """Return a command line in which options that take several values have them as words of their own.
+
+    `--contexts 64,256` and `--contexts 64 256` are the same everywhere, and 8K is 8192 wherever integers are listed.
+    """
+    chain, apps, rest = app.parse_commands(words)
+    if apps[-1].default_command is None or any(word.startswith("-") for word in chain):  # --help
+        return list(words)
+    lists = {
+        name: {int} == _leaves(argument.hint)
+        for argument in apps[-1].assemble_argument_collection(parse_docstring=False)
+        if _is_list(argument.hint)
+        for name in argument.names
+        if name.startswith("--")
+    }
+    current: str | None = None
+    spread = list(words[: len(words) - len(rest)])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if re.match(r"-(?![\d.])", word):
+            current = name if name in lists else None
+            spread += [name] if equals and current else [word]
+            values = [value] if equals and current else []
+        else:
+            values = [word]
+        for text in values:
+            parts = [text] if current is None else [part for part in text.split(",") if part]
+            spread += [_plain(part) if lists.get(current or "") else part for part in parts]
+    return spread
+
+
+def _plain(number: str) -> str:
+    return str(int(number[:-1]) * 1024) if re.fullmatch(r"\d+[kK]", number) else number
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) in (tuple, list) or any(get_origin(part) in (tuple, list) for part in get_args(hint))
+
+
+def _leaves(hint: Any) -> set[Any]:
+    parts = [part for part in get_args(hint) if part not in (type(None), Ellipsis)]
+    return {hint} if not parts else set().union(*(_leaves(part) for part in parts))

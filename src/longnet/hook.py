@@ -1,0 +1,98 @@
+"""Makes LongNet known to transformers as soon as a program uses its models, and not before.
+
+`import longnet` is enough for `from_pretrained(…, attn_implementation="dilated")`, the Auto classes and `pipeline()`,
+whichever of the two libraries is imported first; a program that uses the op alone never pays for transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Whoever chooses an attention, or asks an Auto class, has loaded one of these.
+_TRIGGERS = (
+    "transformers.modeling_utils",
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+)
+
+
+def introduce() -> None:
+    """Import `longnet.model`, which registers everything: now if transformers' models are there, else once they are."""
+    if any(name in sys.modules for name in _TRIGGERS):
+        _register()
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module("longnet.model")
+    except ImportError as error:
+        # transformers itself is fine, and its user may need nothing of ours.
+        warnings.warn(f"LongNet cannot make itself known to transformers: {error}", stacklevel=2)
+
+
+class _Watch(MetaPathFinder):
+    """Sees transformers' modules being loaded; registers when the outermost of them is finished.
+
+    In the middle of it some modules are half-made, and ours import many.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+        self._triggered = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec that the other finders give, its loader watched; None for what is not transformers'."""
+        if not fullname.startswith("transformers."):
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Watched(spec.loader, self)
+                return spec
+        return None
+
+    def begin(self) -> None:
+        """Note that a module begins to be executed."""
+        self._here.depth = getattr(self._here, "depth", 0) + 1
+
+    def end(self, name: str) -> None:
+        """Note that it is over; register when it was the outermost."""
+        self._here.depth -= 1
+        self._triggered |= name in _TRIGGERS
+        if self._triggered and not self._here.depth and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _register()
+
+
+class _Watched(Loader):
+    """A module's own loader, which tells when it begins and ends."""
+
+    def __init__(self, loader: Loader, watch: _Watch) -> None:
+        self._loader, self._watch = loader, watch
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Return the loader's module."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, its loader its own again."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._watch.begin()
+        try:
+            self._loader.exec_module(module)
+        finally:
+            self._watch.end(module.__name__)
