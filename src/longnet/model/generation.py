@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.model.cache import DilatedCache, refusal
+from longnet.model.documents import refuse_documents
 from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
 
 _prepare: Callable[..., Any] = GenerationMixin._prepare_cache_for_generation
@@ -21,6 +23,12 @@ def _prepare_cache(
 ) -> Any:
     config = self.config.get_text_config(decoder=True)
     is_dilated = config._attn_implementation == "dilated"
+    if config._attn_implementation in ("dilated", "sparse_fixed") and generation_config.use_cache is not False:
+        mask, positions = (
+            x if isinstance(x, Tensor) and x.ndim == 2 else None
+            for x in (model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        )
+        refuse_documents(positions, mask)
     given = model_kwargs.get(CACHE)
     if isinstance(given, DilatedCache) and given.start:
         raise ValueError(

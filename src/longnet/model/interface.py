@@ -6,6 +6,7 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -21,6 +22,7 @@ from longnet.attention.sequence_parallel import attend_slice, gather_slices
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
+from longnet.model.documents import read_by
 from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
 from longnet.model.sequence_parallel import current_group
 from longnet.model.versions import as_mask_function
@@ -201,6 +203,20 @@ def _has_config(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), PreTrainedConfig)
 
 
+_check_and_adjust: Callable[..., Any] = PreTrainedModel._check_and_adjust_attn_implementation
+
+
+@functools.wraps(_check_and_adjust)
+def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+    if attn_implementation in ("dilated", "sparse_fixed"):
+        for module in (self, *self.modules()):
+            if isinstance(module, PreTrainedModel):
+                read_by(type(module))
+    return _check_and_adjust(self, attn_implementation, *args, **kwargs)
+
+
+# Whoever builds, loads or changes a model passes here.
+PreTrainedModel._check_and_adjust_attn_implementation = _choose  # type: ignore[method-assign]
 AttentionInterface.register("dilated", dilated_attention_forward)
 AttentionMaskInterface.register("dilated", as_mask_function(visible_tokens))
 AttentionInterface.register("sparse_fixed", sparse_fixed_attention_forward)

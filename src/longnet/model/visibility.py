@@ -12,6 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from longnet.attention.dilated import padding_bounds
 from longnet.attention.sequence_parallel import Slices, gather_slices
+from longnet.model.documents import documents_told
 from longnet.model.sequence_parallel import current_group
 
 
@@ -116,9 +117,10 @@ def visible_tokens(
         )
     elif (kv_offset != 0 and not is_streamed) or (local_size is not None and local_size < tokens):
         refusal = window_refusal(local_size, tokens)
+    told = None if skipped or q_length != tokens else documents_told(torch.device(device), batch_size, q_length)
     bounds = None
     if refusal is None:
-        if attention_mask is not None:
+        if attention_mask is not None and told is None:
             if skipped and attention_mask.shape[1] < tokens:
                 raise ValueError(
                     f"attention_mask must cover the {skipped} cached and the {q_length} new tokens, got "
@@ -135,7 +137,8 @@ def visible_tokens(
                 padding=None if bounds is None else bounds + shift, is_causal=is_causal, device=torch.device(device),
             )  # fmt: skip
             bounds = (documents - shift).clamp(min=0) if attention_mask is None else bounds
-    return Visible(tokens, q_length, bounds, is_causal, attention_mask is not None, refusal, skipped)
+    bounds, is_padded = (bounds, attention_mask is not None) if told is None else (told, False)
+    return Visible(tokens, q_length, bounds, is_causal, is_padded, refusal, skipped)
 
 
 def bounds_of_mask(attention_mask: Tensor | None) -> Tensor | None:
