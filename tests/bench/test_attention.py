@@ -12,6 +12,7 @@ from longnet.bench import attention, record
 CPU = torch.device("cpu")
 SMALL = attention.Settings(
     lengths=(300,),
+    dense_query_lengths=(300,),
     token_lengths=(2100, 4200),
     memory_length=65536,
     tile_rows=(128, 256),
@@ -21,13 +22,17 @@ SMALL = attention.Settings(
 )
 
 
-def test_every_case_gives_a_row():
-    rows = [attention.compare(300, DilationPattern((64, 128), (1, 6)), SMALL, CPU), *attention.per_token(SMALL, CPU)]
-    assert [row["case"] for row in rows] == ["compare", "per_token", "per_token"]
+@pytest.mark.parametrize("queries", ["kept", "all"])
+def test_every_case_gives_a_row(queries):
+    pattern = DilationPattern((64, 128), (1, 6), queries=queries)
+    rows = [attention.compare(300, pattern, SMALL, CPU), *attention.per_token(SMALL, CPU)]
+    of_pattern = {"kept": "compare", "all": "dense_queries"}[queries]
+    assert [row["case"] for row in rows] == [of_pattern, "per_token", "per_token"]
     assert rows[0]["flop_ratio"] == pytest.approx(300 * 301 / 2 * 3 * 64 / rows_flops(rows[0]))
     # One round: the medians are that round's.
     assert rows[0]["forward_speedup"] == rows[0]["forward_dense_s"] / rows[0]["forward_dilated_s"]
     assert rows[0]["both_over_bare"] == rows[0]["both_dilated_s"] / rows[0]["both_bare_s"]
+    assert rows[0]["both_share_of_ideal"] == pytest.approx(rows[0]["both_speedup"] / rows[0]["flop_ratio"])
     assert rows[1]["over_shortest"] == 1
 
 

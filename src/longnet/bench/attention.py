@@ -32,6 +32,8 @@ class Settings:
 
     Attributes:
         lengths: tokens of the comparison with dense attention, with the paper's pattern.
+        dense_query_lengths: the same for patterns in which all queries attend, geometric up to that length.
+        factors: of those patterns, each rate over the one before.
         token_lengths: tokens at which the time per token is measured, geometric pattern up to that length.
         memory_length: tokens at which the peak memory is measured.
         tile_rows: rows of the single tiles whose rate is measured.
@@ -43,6 +45,8 @@ class Settings:
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
+    dense_query_lengths: tuple[int, ...] = (16384, 32768, 65536, 131072)
+    factors: tuple[int, ...] = (4, 8)
     token_lengths: tuple[int, ...] = (32768, 131072, 1048576)
     memory_length: int = 262144
     tile_rows: tuple[int, ...] = (2048, 32768)
@@ -54,6 +58,7 @@ class Settings:
 
 QUICK = Settings(
     lengths=(2048, 4096, 8192, 16384),
+    dense_query_lengths=(8192,),
     token_lengths=(8192, 32768),
     memory_length=65536,
     tile_rows=(2048, 8192),
@@ -63,14 +68,15 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Gathered:
-    """The rows that one branch keeps in one head, copied: what a kernel is called with when nothing is strided."""
+    """Rows of one branch and head, copied: what a kernel is called with when nothing is strided. Causal, row by row."""
 
     head: int
-    index: Tensor  # [segments, rows], positions
+    q_index: Tensor  # [segments, rows], positions
+    k_index: Tensor
     q: Tensor  # [segments, 1, rows, D]
+    dout: Tensor
     k: Tensor
     v: Tensor
-    dout: Tensor
 
 
 class GateError(Exception):
@@ -85,6 +91,10 @@ def run(settings: Settings, device: torch.device) -> Iterator[Row]:
     """
     for tokens in settings.lengths:
         yield compare(tokens, DilationPattern.paper(), settings, device)
+    for tokens in settings.dense_query_lengths:
+        for factor in settings.factors:
+            geometric = DilationPattern.geometric(2048, tokens, factor)
+            yield compare(tokens, replace(geometric, queries="all"), settings, device)
     yield from tiles(settings, device)
     yield from accuracy(device)
     yield from per_token(settings, device)
@@ -110,7 +120,7 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
     def without_grad(forward: Callable[[], Tensor]) -> Callable[[], object]:
         return torch.no_grad()(forward)
 
-    rounds = settings.repeats * min(10, max(1, max(settings.lengths) // tokens))
+    rounds = max(1, round(settings.repeats * min(10, max(settings.lengths) / tokens)))
     names = ("dense", "dilated", "bare")
     figures: dict[str, float] = {}
     for key, cases in (
@@ -123,8 +133,10 @@ def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: t
         figures[f"{key}_over_bare"] = ratio(seconds["dilated"], seconds["bare"])
     flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
     dense_flops = 4 * settings.head_dim * settings.num_heads * tokens * (tokens + 1) // 2
+    for key in ("forward", "both"):
+        figures[f"{key}_share_of_ideal"] = figures[f"{key}_speedup"] * flops / dense_flops
     return {
-        "case": "compare",
+        "case": "compare" if pattern.queries == "kept" else "dense_queries",
         "pattern": str(pattern),
         "tokens": tokens,
         "heads": settings.num_heads,
@@ -270,7 +282,10 @@ def _peak_growth(settings: Settings, device_name: str) -> tuple[int, int]:
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern) -> list[Gathered]:
-    """Copy out the rows that each branch keeps in each head, by index, whole and ragged segments apart."""
+    """Copy out by index what each branch lets each head see, whole and ragged segments apart.
+
+    Where all queries attend, those of each phase are a part: of phases before the head's own from the second row on.
+    """
     tokens, heads = q.shape[2], q.shape[1]
     positions = torch.arange(tokens, device=q.device)
     parts = []
@@ -278,10 +293,14 @@ def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPatte
         whole = tokens // length * length
         for segments in (positions[:whole].view(-1, length), positions[whole:].view(1, -1)):
             for head in range(heads):
-                index = segments[:, pattern.offset(rate, head, heads) :: rate]
-                if index.numel():
-                    rows = (x.detach()[0, head, index].unsqueeze(1) for x in (q, k, v, dout))
-                    parts.append(Gathered(head, index, *rows))
+                own = pattern.offset(rate, head, heads)
+                for phase in range(rate) if pattern.queries == "all" else (own,):
+                    q_index = segments[:, phase + rate * (phase < own) :: rate]
+                    k_index = segments[:, own::rate][:, : q_index.shape[1]]
+                    if q_index.numel():
+                        rows = (x.detach()[0, head, q_index].unsqueeze(1) for x in (q, dout))
+                        keys = (x.detach()[0, head, k_index].unsqueeze(1) for x in (k, v))
+                        parts.append(Gathered(head, q_index, k_index, *rows, *keys))
     return parts
 
 
@@ -309,18 +328,18 @@ def _expected(q: Tensor, gathered: Sequence[Gathered]) -> list[Tensor]:
     for part in gathered:
         out, lse = kernel.attend(part.q, part.k, part.v, is_causal=True, scale=scale)
         results.append((part, out[:, 0], lse[:, 0, :, None].float()))
-        lses[part.head, part.index] = torch.logaddexp(lses[part.head, part.index], results[-1][2])
+        lses[part.head, part.q_index] = torch.logaddexp(lses[part.head, part.q_index], results[-1][2])
     totals = [torch.zeros(q.shape[1:], device=q.device) for _ in range(4)]
     for part, part_out, lse in results:
-        totals[0][part.head, part.index] += torch.exp(lse - lses[part.head, part.index]) * part_out
+        totals[0][part.head, part.q_index] += torch.exp(lse - lses[part.head, part.q_index]) * part_out
     for part, _, _ in results:
-        merged_out = totals[0][part.head, part.index].to(q.dtype).unsqueeze(1)
-        merged_lse = lses[part.head, part.index, 0].unsqueeze(1)
+        merged_out = totals[0][part.head, part.q_index].to(q.dtype).unsqueeze(1)
+        merged_lse = lses[part.head, part.q_index, 0].unsqueeze(1)
         grads = kernel.attend_backward(
             part.dout, part.q, part.k, part.v, merged_out, merged_lse, is_causal=True, scale=scale
         )
-        for total, grad in zip(totals[1:], grads, strict=True):
-            total[part.head, part.index] += grad[:, 0]
+        for total, index, grad in zip(totals[1:], (part.q_index, part.k_index, part.k_index), grads, strict=True):
+            total[part.head, index] += grad[:, 0]
     return [total.unsqueeze(0) for total in totals]
 
 
@@ -328,7 +347,7 @@ def _stack(gathered: Sequence[Gathered]) -> list[tuple[Tensor, Tensor, Tensor, T
     """Stack the heads of a branch, so that the bare calls are as few as a kernel allows."""
     groups: dict[tuple[int, ...], list[Gathered]] = {}
     for part in gathered:
-        groups.setdefault((*part.index.shape, int(part.index[0, -1] - part.index[0, 0])), []).append(part)
+        groups.setdefault((*part.q_index.shape, int(part.q_index[0, -1] - part.q_index[0, 0])), []).append(part)
     return [
         tuple(torch.cat([getattr(part, name) for part in parts], 1) for name in ("q", "k", "v", "dout"))  # type: ignore[misc]
         for parts in groups.values()

@@ -84,11 +84,16 @@ def run(settings: Settings, device: torch.device) -> Iterator[Row]:
     )  # fmt: skip
     model = LongNetForCausalLM(config)
     model.eval().to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)  # type: ignore[no-untyped-call]
-    gate(model, settings.gate_tokens)
+    dense_queries = copy.deepcopy(
+        model
+    )  # in which a step reads all rows of the state, not those of its own phase alone
+    dense_queries.config.queries = "all"
     cases: list[tuple[str, int, int, Callable[[], None]]] = []
-    for context in settings.contexts:
-        cache = as_if_read(model, context // settings.segment_length * settings.segment_length - settings.steps)
-        cases.append(("dilated", context, cache.nbytes, _decoder(model, cache, settings.steps)))
+    for name, decoded in (("dilated", model), ("dilated, all queries", dense_queries)):
+        gate(decoded, settings.gate_tokens)
+        for context in settings.contexts:
+            cache = as_if_read(decoded, context // settings.segment_length * settings.segment_length - settings.steps)
+            cases.append((name, context, cache.nbytes, _decoder(decoded, cache, settings.steps)))
     cases += [
         ("dense", context, *_dense_decoder(model, context, settings.steps)) for context in settings.dense_contexts
     ]

@@ -59,16 +59,16 @@ def bench_attention(
     except attention.GateError as error:
         sys.exit(f"longnet: {error}")
     table = Table(
-        "tokens", "dense", "dilated", "faster", "/ bare", "dense f+b", "dilated f+b", "faster", "/ bare",
-        title="causal, the paper's pattern; milliseconds (f+b: forward and backward)", box=box.SIMPLE_HEAD,
+        "pattern", "tokens", "dense", "dilated", "faster", "/ bare", "dense f+b", "dilated f+b", "faster", "/ bare",
+        title="causal; milliseconds (f+b: forward and backward)", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
-        if row["case"] == "compare":
+        if row["case"] in ("compare", "dense_queries"):
             cells = []
             for key in ("forward", "both"):
                 cells += [f"{1e3 * row[f'{key}_dense_s']:.1f}", f"{1e3 * row[f'{key}_dilated_s']:.1f}"]
                 cells += [f"{row[f'{key}_speedup']:.2f}×", f"{row[f'{key}_over_bare']:.2f}×"]
-            table.add_row(f"{row['tokens']:,}", *cells)
+            table.add_row(row["pattern"], f"{row['tokens']:,}", *cells)
     console.print(table)
     record.append(rows, output / "attention.jsonl", place)
     about = provenance(place)
