@@ -111,6 +111,39 @@ def test_text_and_repr_read_back(pattern):
     assert hash(pattern) == hash(eval(repr(pattern))) if 1 in pattern.dilation_rates else True  # noqa: S307
 
 
+@given(
+    st.integers(2, 5000), st.integers(2, 40), st.sampled_from([0.1, 0.25, 0.6, 1.0]), st.sampled_from(["kept", "all"]),
+    st.booleans(),
+)  # fmt: skip
+def test_a_recommended_pattern_keeps_to_its_budget_and_reaches_everything(tokens, heads, budget, queries, rotates):
+    def cost(pattern):
+        return pattern.flops(tokens=tokens, num_heads=heads, head_dim=1, is_causal=True)
+
+    try:
+        pattern = DilationPattern.for_length(tokens, heads, budget=budget, queries=queries, rotate_offsets=rotates)
+    except ValueError:
+        assert budget < 1  # at 1 dense attention itself would do
+        return
+    assert cost(pattern) <= budget * cost(DilationPattern((tokens,), (1,)))
+    assert pattern.dilation_rates[0] == 1
+    assert pattern.segment_lengths[-1] == tokens
+    if not rotates:
+        assert pattern.coverage(tokens=tokens, num_kv_heads=heads) == (1.0,) * len(pattern.branches)
+
+
+def test_recommended_patterns():
+    def of(*arguments, **options):
+        return str(DilationPattern.for_length(*arguments, **options))
+
+    assert of(512, 8) == "64:1,512:8;all"
+    assert of(32768, 12) == "4096:1,32768:8;all"
+    assert of(2**20, 8, budget=0.01, rotate_offsets=True) == "2048:1,16384:8,131072:64,1048576:512;all"
+    with pytest.raises(ValueError, match=r"rates up to 2.* costs 0.26 .* some more than 1/2"):
+        of(4096, 2)
+    with pytest.raises(ValueError, match="for_length needs"):
+        of(0, 2)
+
+
 def test_known_patterns():
     assert str(DilationPattern.paper()) == "2048:1,4096:2,8192:4,16384:6,32768:12"
     assert str(DilationPattern.geometric(2048, 8192)) == "2048:1,4096:2,8192:4"

@@ -110,7 +110,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "33.5 TiB" in printed
     assert "999,999,999" in printed
-    assert len((tmp_path / "decode.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "decode.jsonl").read_text().splitlines()) == 7
     assert json.loads((tmp_path / "decode.jsonl").read_text().splitlines()[0])["commit"]
 
 

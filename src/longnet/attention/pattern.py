@@ -129,6 +129,57 @@ class DilationPattern:
         return cls(tuple(segment_length * rate for rate in rates), tuple(rates))
 
     @classmethod
+    def for_length(
+        cls,
+        tokens: int,
+        num_kv_heads: int,
+        *,
+        budget: float = 0.26,
+        queries: Queries = "all",
+        rotate_offsets: bool = False,
+    ) -> Self:
+        """Return the pattern that we recommend for a length: of those within a budget the one with the widest window.
+
+        Its first branch is a window of rate 1, its last one spans all tokens, and rates in between grow eight- or
+        fourfold. No rate exceeds the heads, so that every position is some head's key; with `rotate_offsets`, for
+        models that shift offsets with depth, rates may exceed them, and a budget may be as small as one wants.
+        Measured recall: docs/patterns.md. Not in the paper.
+
+        Args:
+            tokens: T, of the longest sequence.
+            num_kv_heads: G.
+            budget: FLOPs as a share of dense causal attention's, above 0 and at most 1.
+            queries: `"all"` or `"kept"`.
+            rotate_offsets: the model has `rotate_offsets=True`.
+
+        Raises:
+            ValueError: numbers out of range, or a budget that no pattern keeps to.
+        """
+        if tokens < 1 or num_kv_heads < 1 or not 0 < budget <= 1:
+            raise ValueError(
+                f"for_length needs tokens and heads of at least 1 and a budget in (0, 1], got tokens={tokens}, "
+                f"num_kv_heads={num_kv_heads}, budget={budget}"
+            )
+
+        def cost(pattern: Self) -> int:
+            return pattern.flops(tokens=tokens, num_heads=num_kv_heads, head_dim=1, is_causal=True)
+
+        allowed = budget * cost(cls((tokens,), (1,)))
+        for window in (tokens, *(2**power for power in reversed(range((tokens - 1).bit_length())))):
+            largest = -(-tokens // window) if rotate_offsets else min(num_kv_heads, -(-tokens // window))
+            for factor in (8, 4):
+                rates = [factor**step for step in range(tokens.bit_length()) if factor**step < largest]
+                lengths = (*(window * rate for rate in rates), tokens)
+                pattern = cls(lengths, (*rates, largest), queries=queries)
+                if cost(pattern) <= allowed:
+                    return pattern
+        raise ValueError(
+            f"no pattern with rates up to {num_kv_heads}, the key/value heads, costs {budget} of dense attention at "
+            f"{tokens} tokens: allow some more than 1/{num_kv_heads}, or let offsets rotate with depth "
+            "(rotate_offsets=True, in the model too)"
+        )
+
+    @classmethod
     def paper(cls) -> Self:
         """Return the pattern of the paper's language models (arXiv:2307.02486 §4.1): w = 2048 … 32768, r = 1 … 12."""
         return cls((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
