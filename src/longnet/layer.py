@@ -137,7 +137,7 @@ class DilatedSelfAttention(nn.Module):
         rows = x if x.ndim == 3 else x[None]
         heads = nn.functional.linear(rows, self.in_proj_weight, self.in_proj_bias)
         heads = heads.view(*rows.shape[:2], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        counts = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = torch.split(heads.transpose(1, 2), counts, dim=1)
         if self.positions is not None:
             # Attention sees differences of positions alone: these serve padding and packed documents as they are.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
+
+from longnet.attention.reach import hops_nested, hops_searched
 
 HeadOffsets = Literal["mod", "block"]
 Queries = Literal["kept", "all"]
@@ -413,46 +414,13 @@ class DilationPattern:
             return math.inf  # every branch has a boundary there
         sizes = sorted({*self.segment_lengths, *self.dilation_rates})
         if all(large % small == 0 for small, large in itertools.combinations(sizes, 2)):
-            return self._hops_nested(tokens)
+            return hops_nested(self.branches, tokens)
         if tokens <= _SEARCHED_TOKENS:
-            return self._hops_searched(tokens)
+            return hops_searched(self.branches, tokens)
         raise ValueError(
             f"{self!r} has no closed form for hops, since its lengths and rates do not divide one another; "
             f"searched up to {_SEARCHED_TOKENS} tokens, got {tokens}"
         )
-
-    def _hops_nested(self, tokens: int) -> int | float:
-        # Two tokens that meet first in branch i's segment: one hop brings the query's phase modulo r_i into the
-        # other token's neighbourhood, any segment of at least r_i tokens; what is left to bridge lies inside it.
-        span, hops = tokens, 0
-        while span > 1:
-            rate = min((r for w, r in self.branches if w >= span), default=None)
-            if rate is None or rate >= span:
-                return math.inf
-            span, hops = rate, hops + 1
-        return hops
-
-    def _hops_searched(self, tokens: int) -> int | float:
-        # reached[p]: the tokens within `hops` of p, as the bits of an int. All tokens of a meeting (one branch, one
-        # segment, one phase) hear in one hop what any of them has reached.
-        meetings = [
-            range(start + offset, min(start + length, tokens), rate)
-            for length, rate in self.branches
-            for start in range(0, tokens, length)
-            for offset in range(min(rate, tokens - start, length))
-        ]
-        everyone, hops = (1 << tokens) - 1, 0
-        reached = [1 << position for position in range(tokens)]
-        while any(bits != everyone for bits in reached):
-            heard = list(reached)
-            for members in meetings:
-                news = functools.reduce(operator.or_, (reached[position] for position in members))
-                for position in members:
-                    heard[position] |= news
-            if heard == reached:
-                return math.inf
-            reached, hops = heard, hops + 1
-        return hops
 
 
 class OffsetGrid(NamedTuple):
