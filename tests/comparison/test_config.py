@@ -5,7 +5,8 @@ import pytest
 from longnet import LongNetConfig
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.cli.recipe import load_recipe
-from longnet.comparison.config import Cell, CompareConfig, ComparisonRecipe, matching_pattern
+from longnet.comparison.config import Cell, CompareConfig, ComparisonRecipe
+from longnet.comparison.systems import matching_pattern
 from longnet.data.shards import TokenData
 from longnet.model.patterns import sparse_pattern_of
 from longnet.training.config import DataConfig, TrainConfig

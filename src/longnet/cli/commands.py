@@ -49,6 +49,11 @@ COMMANDS = {
         "Train one model with three attentions; report the paper's Table 2.",
         "compare table2-tiny -o runs/table2-tiny",
     ),
+    "recall": Command(
+        "recall:app",
+        "What one model with several attentions recalls, by distance.",
+        "recall recall-tiny -o runs/recall-tiny",
+    ),
     "info": Command("info:info", "What a recipe, a model or a data folder is, and needs.", "info paper-125m"),
     "stream": Command(
         "stream:stream", "Read files as one sequence of any length, in constant memory.", "stream runs/mine book.txt"

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.document import write_text
+from longnet.comparison.folder import RESULT, STOPPED, leave_failure
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import ContextResult, evaluate_contexts
 from longnet.measurement import find_device, peak_bytes, provenance
@@ -25,9 +26,6 @@ from longnet.model.cost import attention_flops
 from longnet.model.patterns import pattern_of, sparse_pattern_of
 from longnet.training.config import Recipe
 from longnet.training.loop import train
-
-RESULT, FAILURE = "result.json", "failure.json"
-STOPPED = 3  # exit status of a cell that was told to stop and has left a checkpoint
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ def run_cell(recipe: ComparisonRecipe, cell: Cell, folder: Path, progress: bool)
     Returns:
         0, or STOPPED.
     """
-    (folder / FAILURE).unlink(missing_ok=True)
     try:
         start_bytes = peak_bytes(torch.device("cpu"), reset=True)
         data = TokenData.open(recipe.data.path)
@@ -120,8 +117,7 @@ def run_cell(recipe: ComparisonRecipe, cell: Cell, folder: Path, progress: bool)
         measured = _memory(folder, device, start_bytes)
         _finish(recipe, settings, cell, folder, summary.model_folder, summary.seconds, measured, data, device)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        write_text(json.dumps({"error": reason[0]}) + "\n", folder / FAILURE)
+        leave_failure(error, folder)
     return 0
 
 

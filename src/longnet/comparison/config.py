@@ -6,15 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from longnet.attention.sparse_fixed import SparseFixedPattern
-from longnet.model.configuration import LongNetConfig
+from longnet.comparison.systems import SYSTEMS, matching_pattern
 from longnet.plots import name_length
 from longnet.training.config import Attention, Recipe, Tables
 
 if TYPE_CHECKING:
     from longnet.data.shards import TokenData
-
-SYSTEMS: dict[str, str] = {"sdpa": "Transformer", "sparse_fixed": "Sparse Transformer", "dilated": "LongNet"}
 
 
 @dataclass(kw_only=True)
@@ -154,45 +151,3 @@ class ComparisonRecipe(Recipe):
         if self.compare.sparse_block is not None:
             tables["compare"]["sparse_block"] = self.compare.sparse_block
         return tables
-
-
-def matching_pattern(config: LongNetConfig, tokens: int, block: int | None) -> SparseFixedPattern:
-    """Return a fixed pattern whose causal FLOPs are those of the dilated one, or near (arXiv:2307.02486 §4.1).
-
-    The stride is the block, as in the paper, where that comes within 5 %; else one of its doublings that does, or that
-    comes nearest: at lengths of many blocks a summary of each would cost more than dilated attention in all.
-
-    Args:
-        config: with the dilated pattern.
-        tokens: at this length.
-        block: of the fixed pattern; the shortest segment when None. Halved where no pattern comes within a fifth.
-
-    Raises:
-        ValueError: none does.
-    """
-    heads = config.num_key_value_heads or 1
-    wanted = config.pattern.flops(tokens=tokens, num_heads=heads, head_dim=1, is_causal=True)
-
-    def cost(pattern: SparseFixedPattern) -> int:
-        return pattern.flops(tokens=tokens, num_heads=heads, head_dim=1)
-
-    def distance(pattern: SparseFixedPattern) -> float:
-        return abs(cost(pattern) / wanted - 1)
-
-    first = size = block or min(config.segment_lengths)
-    while size:
-        found, stride = [], size
-        while stride <= tokens:
-            one, two = (cost(SparseFixedPattern(size, summary, stride)) for summary in (1, min(2, stride)))
-            summary = 1 + round((wanted - one) / (two - one)) if two > one else 1
-            found.append(SparseFixedPattern(size, min(stride, max(1, summary)), stride))
-            if distance(found[-1]) <= 0.05:
-                return found[-1]
-            stride *= 2
-        if found and distance(min(found, key=distance)) <= 0.2:
-            return min(found, key=distance)
-        size //= 2
-    raise ValueError(
-        f"no fixed pattern of blocks of up to {first} tokens costs within a fifth of what {config.pattern} does at "
-        f"{tokens:,} tokens; attention to all tokens may cost less: leave the cell out with compare.cells"
-    )

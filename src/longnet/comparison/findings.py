@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from longnet.comparison.cell import CellResult
-from longnet.comparison.config import SYSTEMS
+from longnet.comparison.systems import SYSTEMS
 from longnet.evaluation.perplexity import Difference, paired_difference
 from longnet.evaluation.record import judge, successive, with_error
 from longnet.plots import name_length

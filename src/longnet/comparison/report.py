@@ -8,7 +8,6 @@ from pathlib import Path
 
 from longnet.comparison.cell import CellResult
 from longnet.comparison.compare import Outcome
-from longnet.comparison.config import SYSTEMS
 from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
 from longnet.comparison.findings import (
     describe_contexts,
@@ -17,6 +16,7 @@ from longnet.comparison.findings import (
     describe_systems,
     describe_use_of_context,
 )
+from longnet.comparison.systems import SYSTEMS
 from longnet.comparison.timing import Timing
 from longnet.evaluation.record import position_curve
 from longnet.measurement import ratio

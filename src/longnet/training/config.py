@@ -198,22 +198,13 @@ class Recipe:
         Raises:
             ValueError: fields that make no model, or a vocabulary smaller than the data's.
         """
-        given = {name: value for name, value in dataclasses.asdict(self.model).items() if value is not None}
-        preset, attention = given.pop("preset", None), given.pop("attention")
-        given = {"vocab_size": data.vocab_size, "eos_token_id": data.end_of_text, **given}
-        if given["vocab_size"] < data.vocab_size:
+        given = getattr(self.model, "vocab_size")  # noqa: B009  # the fields are LongNetConfig's
+        if given is not None and given < data.vocab_size:
             raise ValueError(
-                f"model.vocab_size = {given['vocab_size']} is too small for {self.data.path}, whose vocabulary has "
+                f"model.vocab_size = {given} is too small for {self.data.path}, whose vocabulary has "
                 f"{data.vocab_size} tokens: leave vocab_size out, or give at least {data.vocab_size}"
             )
-        given["attn_implementation"] = attention
-        try:
-            config = LongNetConfig(**given) if preset is None else LongNetConfig.preset(preset, **given)
-            if attention == "sparse_fixed":
-                sparse_pattern_of(config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"[model]: {error}") from error
-        return config
+        return config_of(self.model, vocab_size=data.vocab_size, eos_token_id=data.end_of_text)
 
     def resolve(self, data: "TokenData") -> Tables:
         """Return the tables of the recipe with every value filled in, the model's and the evaluation's too.
@@ -224,9 +215,9 @@ class Recipe:
         self._check_parallel()
         config = self.model_config(data)
         names = [item.name for item in dataclasses.fields(Recipe)]  # what a subclass adds is not training's
-        tables: Tables = {name: _plain(dataclasses.asdict(getattr(self, name))) for name in names}
+        tables: Tables = {name: plain(dataclasses.asdict(getattr(self, name))) for name in names}
         model = {name: getattr(config, name) for name in LongNetConfig.__annotations__}
-        tables["model"] = _plain({"attention": self.model.attention, **model})
+        tables["model"] = plain({"attention": self.model.attention, **model})
         tables["evaluate"]["contexts"] = list(self.contexts)
         return tables
 
@@ -248,6 +239,24 @@ class Recipe:
     def contexts(self) -> tuple[int, ...]:
         """The context lengths of evaluations."""
         return self.evaluate.contexts or (self.train.tokens,)
+
+
+def config_of(model: ModelConfig, **defaults: Any) -> LongNetConfig:
+    """Return the configuration that a table `[model]` makes, with `defaults` for fields that it leaves out.
+
+    Raises:
+        ValueError: fields that make no model.
+    """
+    given = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+    preset, attention = given.pop("preset", None), given.pop("attention")
+    given = {**defaults, **given, "attn_implementation": attention}
+    try:
+        config = LongNetConfig(**given) if preset is None else LongNetConfig.preset(preset, **given)
+        if attention == "sparse_fixed":
+            sparse_pattern_of(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"[model]: {error}") from error
+    return config
 
 
 def differences(old: Tables, new: Tables) -> list[str]:
@@ -281,7 +290,8 @@ def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+def plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table's values as TOML and JSON know them, those that are None left out."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
