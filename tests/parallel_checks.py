@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -69,29 +70,36 @@ def attention(rank, ranks):
     padding = torch.zeros(2, 101, dtype=torch.bool)
     padding[0, 37:], padding[1, :90] = True, True
     documents = torch.tensor([0, 5, 5, 60, 101], dtype=torch.int32)
-    for dtype, is_causal, mask in itertools.product(
-        (torch.float64, torch.float32, torch.bfloat16), (True, False), (None, "padding", "documents")
+    dense = replace(PATTERN, queries="all")
+    for pattern, dtype, is_causal, mask in itertools.product(
+        (PATTERN, dense), (torch.float64, torch.float32, torch.bfloat16), (True, False), (None, "padding", "documents")
     ):
         *whole, dout = inputs(batch=1 if mask == "documents" else 2, dtype=dtype)
         masks = {"padding": {"padding_mask": padding}, "documents": {"cu_seqlens": documents}}.get(mask, {})
+        sinks = torch.arange(4, dtype=dtype) if pattern is dense else None  # one a head
+        learned = [] if sinks is None else [sinks.requires_grad_()]
         whole = [x.requires_grad_() for x in whole]
-        out, lse = dilated_attention(*whole, PATTERN, is_causal=is_causal, return_lse=True, **masks)
-        expected = [out, lse, *torch.autograd.grad(out, whole, dout)]
+        out, lse = dilated_attention(*whole, pattern, is_causal=is_causal, return_lse=True, sinks=sinks, **masks)
+        expected = [out, lse, *torch.autograd.grad(out, [*whole, *learned], dout)]
         edges = edges_of(101, ranks)
         here = slice(edges[rank], edges[rank + 1])
         if mask == "padding":
             masks = {"padding_mask": padding[:, here]}
         mine = [x.detach()[:, :, here].requires_grad_() for x in whole]
         with Watched() as counted:
-            out, lse = dilated_attention(*mine, PATTERN, is_causal=is_causal, mesh=mesh, return_lse=True, **masks)
-            found = [out, lse, *torch.autograd.grad(out, mine, dout[:, :, here])]
-        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
-            here_alone = b[:, :, here]
+            out, lse = dilated_attention(
+                *mine, pattern, is_causal=is_causal, mesh=mesh, return_lse=True, sinks=sinks, **masks
+            )
+            found = [out, lse, *torch.autograd.grad(out, [*mine, *learned], dout[:, :, here])]
+        if learned:
+            dist.all_reduce(found[-1])  # each rank has its queries' share
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dsinks"), found, expected, strict=False):
+            here_alone = b if name == "dsinks" else b[:, :, here]
             assert torch.equal(a.isinf(), here_alone.isinf())
             a, b = (x.double().nan_to_num(0, 0, 0) for x in (a, here_alone))  # noqa: PLW2901
-            worst[str(dtype), is_causal, mask, name] = ((a - b).abs().max() / b.abs().max()).item()
+            worst[str(dtype), pattern.queries, is_causal, mask, name] = ((a - b).abs().max() / b.abs().max()).item()
         if mask is None:
-            closed = PATTERN.traffic(
+            closed = pattern.traffic(
                 tokens=101, ranks=ranks, num_kv_heads=2, head_dim=16, itemsize=dtype.itemsize, is_causal=is_causal
             )
             sent_back = counted.received[1:]

@@ -16,7 +16,7 @@ def ranks_and_results(request, tmp_path_factory):
 
 def test_every_rank_computes_what_one_device_does(ranks_and_results):
     ranks, results = ranks_and_results
-    assert len(results[0][0]) == 3 * 2 * 3 * 5
+    assert len(results[0][0]) == 3 * 2 * 3 * (5 + 6)  # of all queries, the sinks' gradient too
     for worst, _ in results:
         for (dtype, *case), error in worst.items():
             limit = 0.0 if ranks == 1 else LIMITS[dtype]  # the tiles of one rank are those of no rank: bitwise
@@ -25,13 +25,15 @@ def test_every_rank_computes_what_one_device_does(ranks_and_results):
 
 def test_traffic_is_the_closed_form(ranks_and_results):
     ranks, results = ranks_and_results
-    back = [0] * 6
+    back = [0] * 12
     for _, traffic in results:
+        # The same rows travel whether all queries attend or those kept.
+        assert [closed for _, closed, *_ in traffic[:6]] == [closed for _, closed, *_ in traffic[6:]]
         for index, (received, closed, sent_back, _) in enumerate(traffic):
             assert received == (closed if ranks > 1 else [])
             back[index] += sum(sent_back)
     # Backward every row's gradient goes home once.
-    assert back == [sum(traffic[index][0][0] if ranks > 1 else 0 for _, traffic in results) for index in range(6)]
+    assert back == [sum(traffic[index][0][0] if ranks > 1 else 0 for _, traffic in results) for index in range(12)]
 
 
 def test_rows_travel_while_local_branches_are_computed(ranks_and_results):
