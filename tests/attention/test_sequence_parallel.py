@@ -20,6 +20,8 @@ def test_every_rank_computes_what_one_device_does(ranks_and_results):
     for worst, _ in results:
         for (dtype, *case), error in worst.items():
             limit = 0.0 if ranks == 1 else LIMITS[dtype]  # the tiles of one rank are those of no rank: bitwise
+            if case[-1] == "dsinks":  # a sum over all queries whose terms have both signs: what is left is smaller
+                limit *= 4
             assert error <= limit, (dtype, *case, error)
 
 
