@@ -1,7 +1,7 @@
 # make demo   installs into .venv, learns Python's standard library for five minutes, shows what context is worth
 # make test   installs and tests; make check lints, types and layers; make fix formats
 # make wheel  builds dist/longnet_torch-….whl, recipes and types inside
-.PHONY: install fix check test test-oldest test-deep test-gpu test-wheel wheel bench demo
+.PHONY: install fix check test test-oldest test-deep test-gpu test-wheel test-browser wheel bench demo
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -47,7 +47,7 @@ check: install
 	$(BIN)/lint-imports
 
 test: install
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu"
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu and not browser"
 
 # The oldest transformers that pyproject.toml allows, with what it needs, before the newest on the path.
 OLDEST := .venv/.transformers-$(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
@@ -58,7 +58,7 @@ $(OLDEST): $(INSTALLED)
 	mv $@.partial $@
 
 test-oldest: $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu" \
+	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu and not browser" \
 	  $(addprefix tests/,model evaluation training comparison bench cli)
 
 wheel: install
@@ -68,8 +68,13 @@ wheel: install
 test-wheel: wheel
 	$(PYTEST) tests/test_wheel.py
 
+# Pages as a browser shows them; needs Chromium on the path (apt-get install chromium).
+test-browser: install
+	$(BIN)/pip install --quiet $(CONSTRAINTS:%=--constraint %) playwright
+	$(PYTEST) -m browser tests/browser
+
 test-deep: install
-	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu" --hypothesis-profile deep --timeout 36000
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu and not browser" --hypothesis-profile deep --timeout 36000
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -1,23 +1,41 @@
+import itertools
+import re
+
 import numpy as np
 import pytest
 
 from longnet import DilationPattern
-from longnet.plots import Curve, draw_curves, draw_pattern, draw_runtime, name_length, visibility
+from longnet.plots import (
+    _COLOURS,
+    Curve,
+    draw_curves,
+    draw_pattern,
+    draw_runtime,
+    name_count,
+    name_length,
+    visibility,
+)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("tokens", [50, 600])
-def test_a_pixel_is_dark_where_any_query_sees_any_key(tokens, is_causal):
-    pattern = DilationPattern((16, 30, 70), (1, 4, 7))
-    size = min(tokens, 256)
+@pytest.mark.parametrize("queries", ["kept", "all"])
+@pytest.mark.parametrize(("tokens", "cells"), [(50, 256), (203, 40), (90, 7)])
+def test_a_square_is_as_dark_as_the_share_of_its_pairs_that_is_attended_to(tokens, cells, queries, is_causal):
+    pattern = DilationPattern((16, 30, 70, 3), (1, 4, 7, 2), queries=queries, offset_shift=3)
+    size = -(-tokens // cells)
+    count = -(-tokens // size)
     for branch, (w, r) in enumerate(pattern.branches):
-        expected = np.zeros((size, size), dtype=bool)
+        pairs, area = np.zeros((count, count)), np.zeros((count, count))
+        offset = (2 + 3) % r
         for q in range(tokens):
-            for k in range(q // w * w, min((q // w + 1) * w, tokens)):
-                if q % w % r == k % w % r == 2 % r and (k <= q or not is_causal):
-                    expected[q * size // tokens, k * size // tokens] = True
-        got = visibility(pattern, branch, tokens=tokens, head=2, num_heads=4, is_causal=is_causal)
-        assert np.array_equal(got, expected)
+            for k in range(tokens):
+                area[q // size, k // size] += 1
+                is_kept = k % w % r == offset and (queries == "all" or q % w % r == offset)
+                if q // w == k // w and is_kept and (k <= q or not is_causal):
+                    pairs[q // size, k // size] += 1
+        got = visibility(pattern, branch, tokens=tokens, head=2, num_heads=4, is_causal=is_causal, cells=cells)
+        assert got.size == size
+        assert np.allclose(got.shares, pairs / area, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -45,6 +63,43 @@ def test_lengths_have_names():
     assert [name_length(tokens) for tokens in (512, 1000, 2048, 2049, 32768, 2**20, 3 * 2**20)] == [
         "512", "1,000", "2K", "2,049", "32K", "1M", "3M",
     ]  # fmt: skip
+
+
+def test_counts_have_names():
+    assert [name_count(number) for number in (0, 12, 1500, 2_000_000, 3.3e9, 2e15)] == [
+        "0", "12", "1.5k", "2M", "3.3B", "2e15",
+    ]  # fmt: skip
+
+
+def test_a_chart_says_what_its_lines_are_beside_them_and_leaves_colours_to_the_page(tmp_path):
+    path = tmp_path / "chart.svg"
+    curves = [
+        Curve(name, [512, 2048], [3.0, 2.5], None, kind)
+        for name, kind in (("LongNet", "dilated"), ("Dense", "sdpa"), ("Sparse", "sparse_fixed"))
+    ]
+    draw_curves(curves, path, x="context (tokens)", y="loss (nats)", mark=(2048, "training length"), zero="nothing")
+    svg = path.read_text()
+    texts = {text: float(y) for y, text in re.findall(r'<text [^>]*?y="([-\d.]+)"[^>]*>([^<]+)</text>', svg)}
+    heights = sorted(texts[name] for name in ("LongNet", "Dense", "Sparse"))
+    assert all(below - above > 12 for above, below in itertools.pairwise(heights))  # though the lines end in a point
+    assert {"context (tokens)", "loss (nats)", "training length", "nothing", "512", "2K"} <= set(
+        re.findall(r">([^<>]+)</text>", svg)
+    )
+    assert set(re.findall(r"(?<!, )#[0-9a-f]{6}", svg)) == set()  # none but as a variable's value
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)) >= 11
+    again = tmp_path / "again" / "chart.svg"
+    again.parent.mkdir()
+    draw_curves(curves, again, x="context (tokens)", y="loss (nats)", mark=(2048, "training length"), zero="nothing")
+    assert again.read_text() == svg
+
+
+def test_colours_differ_in_lightness():
+    lightness = [
+        sum(weight * int(colour[i : i + 2], 16) ** 2.2 for weight, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5)))
+        for colour in (_COLOURS[kind] for kind in ("dilated", "sdpa", "sparse_fixed"))
+    ]
+    for darker, lighter in itertools.pairwise(lightness):
+        assert lighter > 1.3 * darker
 
 
 @pytest.mark.parametrize("scale", ["tokens", "log", "linear"])

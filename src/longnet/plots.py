@@ -1,53 +1,133 @@
-"""Pictures, drawn without a display."""
+"""Pictures, drawn without a display: patterns, and charts whose colours a page may set."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.pattern import DilationPattern
 
-_PIXELS = 256
+_CELLS = 256
 _DRAWN_TOKENS = 2**22
-_DENSE, _DILATED, _IDEAL = "#9a6b4f", "#1f6f8b", "#b7c4c9"
-_KINDS, _OTHER = {"dilated": _DILATED, "sdpa": _DENSE, "sparse_fixed": "#7a8f2a"}, "#5b5b8c"
+_DPI = 100
+# A hue for each offset, so that heads that keep other rows look other; the first is that of rate 1.
+_HUES = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")
+
+# What a colour says. In an SVG it is a CSS variable of that name, with this value where no page sets it; the kinds of
+# attention differ in lightness, too, for eyes and printers that tell no hues.
+_COLOURS = {
+    "ink": "#1d2428",
+    "faint": "#5d6a72",
+    "line": "#d8dfe2",
+    "dilated": "#0f4c75",
+    "sdpa": "#c4631c",
+    "sparse_fixed": "#8a9a2b",
+    "other": "#7a5ea8",
+}
+_FONT = 11.5  # points of an SVG, which are a page's pixels where it is shown at its own size
+_WIDTH, _HEIGHT = 358, 270  # points: a phone's column; wider pages enlarge it
+
+
+class Grid(NamedTuple):
+    """A picture of queries (down) and keys (across) in squares of `size` × `size` tokens.
+
+    Attributes:
+        shares: (n, n) float64; of all pairs of a square, those that are attended to.
+        size: tokens a square is wide; the last row and column may have fewer.
+    """
+
+    shares: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    size: int
 
 
 def visibility(
-    pattern: DilationPattern, branch: int, *, tokens: int, head: int, num_heads: int, is_causal: bool
-) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """Return which of a head's keys each query sees in one branch, as (n, n) bins of tokens, queries first.
+    pattern: DilationPattern,
+    branch: int,
+    *,
+    tokens: int,
+    head: int,
+    num_heads: int,
+    is_causal: bool,
+    cells: int = _CELLS,
+) -> Grid:
+    """Return how much of a head's keys each query sees in one branch.
 
-    n = min(tokens, 256). A bin pair is True where any query of the one sees any key of the other.
+    Args:
+        pattern: the branches.
+        branch: which of them.
+        tokens: T.
+        head: a key/value head.
+        num_heads: of how many.
+        is_causal: hide the keys after each query.
+        cells: squares a side, at most; one a token where there are no more tokens.
     """
     length, rate = pattern.branches[branch]
-    size = min(tokens, _PIXELS)
-    seen = np.zeros((size, size), dtype=np.bool_)
+    size = -(-tokens // cells)
+    count = -(-tokens // size)
     offset = pattern.offset(rate, head, num_heads)
-    for start in range(0, tokens, length):
-        rows = kept_rows(min(length, tokens - start), rate, offset)
-        bins = np.unique((start + offset + rate * np.arange(rows, dtype=np.int64)) * size // tokens)
-        seen[np.ix_(bins, bins)] = True
-    return np.tril(seen) if is_causal else seen
+    place = np.arange(tokens, dtype=np.int64)
+    keeps = place % length % rate == offset
+    asks = keeps if pattern.queries == "kept" else np.ones_like(keeps)
+    edges = np.arange(0, tokens, size)
+    pairs = np.zeros((count, count))
+    # Within a square on the diagonal: the queries of the key's own segment and square, from the key on if causal.
+    asked = np.concatenate([[0], np.cumsum(asks)])
+    keys = place[keeps]
+    first = np.maximum(keys // length * length, keys // size * size)
+    last = np.minimum(np.minimum((keys // length + 1) * length, (keys // size + 1) * size), tokens)
+    np.add.at(pairs, (keys // size, keys // size), asked[last] - asked[keys if is_causal else first])
+    # Squares beside it: all queries of a segment in one against all keys in the other, each longer than a square.
+    for start in range(0, tokens, length) if length > 1 else ():
+        stop = min(start + length, tokens)
+        low, high = start // size, (stop - 1) // size
+        if low == high:
+            continue
+        cuts = np.clip(np.append(edges[low : high + 1], stop), start, stop)
+        queries, held = asked[cuts[1:]] - asked[cuts[:-1]], np.diff(np.concatenate([[0], np.cumsum(keeps)])[cuts])
+        beside = np.outer(queries, held).astype(np.float64)
+        beside = np.tril(beside, -1) if is_causal else beside - np.diag(np.diag(beside))
+        pairs[low : high + 1, low : high + 1] += beside
+    sides = np.diff(np.append(edges, tokens))
+    return Grid(pairs / np.outer(sides, sides), size)
 
 
-def draw_pattern(pattern: DilationPattern, path: Path, *, tokens: int, num_heads: int, is_causal: bool = True) -> None:
+def draw_pattern(
+    pattern: DilationPattern,
+    path: Path,
+    *,
+    tokens: int,
+    num_heads: int,
+    is_causal: bool = True,
+    shown: int = 8,
+    cells: int = _CELLS,
+) -> None:
     """Draw which keys (across) each query (down) sees: a column per head, a row per branch, and all branches last.
+
+    A colour's depth says which share of a square's pairs is attended to, its hue the offset of the rows that are kept.
 
     Args:
         pattern: the branches.
         path: where the picture goes; its suffix is the format.
-        tokens: sequence length; beyond 256 a pixel stands for several tokens.
-        num_heads: key/value heads; the first 8 are drawn.
+        tokens: sequence length; beyond `cells` a square stands for several tokens.
+        num_heads: key/value heads.
         is_causal: hide the keys after each query.
+        shown: heads that are drawn, the first ones.
+        cells: squares a side, at most.
 
     Raises:
         ValueError: more than 2²² tokens, or a suffix that is no format.
@@ -57,27 +137,79 @@ def draw_pattern(pattern: DilationPattern, path: Path, *, tokens: int, num_heads
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise ValueError(f"cannot draw {str(path)!r}: the suffix must be one of {', '.join(sorted(formats))}")
-    heads = min(num_heads, 8)
-    rows = len(pattern.branches) + 1
-    figure = Figure(figsize=(1.7 * heads + 1.1, 1.7 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, heads, squeeze=False)
-    for head in range(heads):
-        layers = [
-            visibility(pattern, branch, tokens=tokens, head=head, num_heads=num_heads, is_causal=is_causal)
-            for branch in range(rows - 1)
+    heads, branches = min(num_heads, shown), pattern.branches
+    grids = [
+        [
+            visibility(pattern, branch, tokens=tokens, head=head, num_heads=num_heads, is_causal=is_causal, cells=cells)
+            for branch in range(len(branches))
         ]
-        counts = np.sum(layers, axis=0)
-        for row, layer in enumerate([*layers, counts]):
-            ax = axes[row][head]
-            ax.imshow(layer, cmap="GnBu", vmin=0, vmax=max(1, rows - 1), interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if row == 0:
-                ax.set_title(f"head {head}", fontsize=9)
-        for row, label in enumerate([*(f"w={w}, r={r}" for w, r in pattern.branches), "all branches"]):
-            axes[row][0].set_ylabel(label, fontsize=9)
-    figure.suptitle(f"{tokens} tokens: queries down, keys across", fontsize=9)
-    figure.savefig(path, dpi=120)
+        for head in range(heads)
+    ]
+    size = grids[0][0].size
+    count = len(grids[0][0].shares)
+    side = count * max(1, round(150 / count))  # pixels; whole ones for each square, so that all are as large
+    left, top, gap, bottom, right = 74, 58, 34, 30, 112
+    between = 24
+    width = left + heads * side + (heads - 1) * between + right
+    rows = len(branches) + 1
+    height = top + rows * side + (rows - 1) * gap + bottom
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    power = 1 if size == 1 else 0.4
+    ticks = _ticks(tokens)
+
+    def panel(row: int, head: int) -> Axes:
+        x, y = left + head * (side + between), bottom + (rows - 1 - row) * (side + gap)
+        ax = figure.add_axes((x / width, y / height, side / width, side / height))
+        ax.set_xticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if row == rows - 1 else [])
+        ax.set_yticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if head == 0 else [])
+        ax.tick_params(labelsize=7, length=2)
+        return ax
+
+    for head in range(heads):
+        for row, (w, r) in enumerate(branches):
+            offset = pattern.offset(r, head, num_heads)
+            ax = panel(row, head)
+            hue = colormaps[_HUES[offset % len(_HUES)]].with_extremes(under="white")
+            norm = PowerNorm(power, 1e-12, 1)
+            ax.imshow(grids[head][row].shares, cmap=hue, norm=norm, interpolation="nearest", aspect="auto")
+            ax.set_title(f"{f'head {head}, ' if row == 0 else ''}offset {offset}", fontsize=8, pad=3)
+            if head == 0:
+                ax.set_ylabel(f"w = {name_length(w)}\nr = {r}", fontsize=8)
+        ax = panel(rows - 1, head)
+        total = np.sum([grid.shares for grid in grids[head]], axis=0)
+        image = ax.imshow(
+            total, cmap="Greys", norm=PowerNorm(power, 0, len(branches)), interpolation="nearest", aspect="auto"
+        )
+        if head == 0:
+            ax.set_ylabel("all", fontsize=8)
+    x = (left + heads * side + (heads - 1) * between + 14) / width
+    for place, mappable, said in (
+        (rows - 2, _grey_key(power, 1), "share of pairs"),
+        (rows - 1, image, "times a pair\nis attended to"),
+    ):
+        y = bottom + (rows - 1 - place) * (side + gap)
+        bar = figure.colorbar(mappable, cax=figure.add_axes((x, y / height, 9 / width, side / height)))
+        bar.ax.tick_params(labelsize=7, length=2)
+        bar.ax.set_title(said, fontsize=7, loc="left", pad=4)
+    each = "a square is one query and one key" if size == 1 else f"a square is {size:,} × {size:,} tokens"
+    figure.text(
+        0.02,
+        1 - 10 / height,
+        f"{tokens:,} tokens, queries down, keys across\n{each}; hue: offset",
+        fontsize=8,
+        va="top",
+    )
+    figure.savefig(path, dpi=_DPI * 2 if path.suffix == ".png" else _DPI)
+
+
+def _grey_key(power: float, most: float) -> ScalarMappable:
+    """Return a grey scale from 0 to `most`, for the key of panels of several hues."""
+    return ScalarMappable(norm=PowerNorm(power, 0, most), cmap="Greys")
+
+
+def _ticks(tokens: int) -> list[int]:
+    step = 2 ** max(0, math.ceil(math.log2(max(1, tokens) / 4)))
+    return list(range(0, tokens + 1, step))
 
 
 def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -89,15 +221,15 @@ def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     for ax, key, name in zip(panels, ("forward", "both"), ("forward", "forward + backward"), strict=True):
         dense, dilated = ([1e3 * row[f"{key}_{which}_s"] for row in rows] for which in ("dense", "dilated"))
         ideal = [seconds / row["flop_ratio"] for seconds, row in zip(dense, rows, strict=True)]
-        ax.loglog(tokens, dense, "o-", color=_DENSE, label="dense (SDPA)")
-        ax.loglog(tokens, dilated, "o-", color=_DILATED, label="dilated")
-        ax.loglog(tokens, ideal, "--", color=_IDEAL, label="dense ÷ FLOP ratio", zorder=0)
+        ax.loglog(tokens, dense, "o-", color=_COLOURS["sdpa"], label="dense (SDPA)")
+        ax.loglog(tokens, dilated, "o-", color=_COLOURS["dilated"], label="dilated")
+        ax.loglog(tokens, ideal, "--", color=_COLOURS["faint"], label="dense ÷ FLOP ratio", zorder=0)
         ax.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
         ax.set_xticks([], minor=True)
-        ax.set_xlabel("tokens")
+        ax.set_xlabel("sequence length (tokens)")
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
-    panels[0].set_ylabel("milliseconds")
+    panels[0].set_ylabel("time (milliseconds)")
     panels[0].legend(frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -108,13 +240,14 @@ class Curve:
     """One line of a picture.
 
     Attributes:
-        label: in the legend.
+        label: written at its end; "" for none.
         x: places.
         y: values.
-        error: standard errors, drawn as a band of two of them on either side; None for none.
+        error: standard errors, drawn as bars of two of them on either side; None for none.
         kind: what the colour says: "dilated", "sdpa", "sparse_fixed", or anything else.
         style: of the line, which tells curves of a kind apart: 0, 1, ….
         names: written beside each place; None for none.
+        joined: whether a line joins the places.
     """
 
     label: str
@@ -124,6 +257,7 @@ class Curve:
     kind: str = "dilated"
     style: int = 0
     names: Sequence[str] | None = None
+    joined: bool = True
 
 
 def draw_curves(
@@ -134,49 +268,125 @@ def draw_curves(
     y: str,
     scale: Literal["tokens", "log", "linear"] = "tokens",
     mark: tuple[float, str] | None = None,
+    zero: str | None = None,
+    log_y: bool = False,
 ) -> None:
-    """Draw curves with a legend.
+    """Draw curves, each labelled at its end.
 
     Args:
         curves: what to draw.
-        path: where the picture goes; its suffix is the format.
-        x: name of the horizontal axis.
-        y: name of the vertical axis.
+        path: where the picture goes; its suffix is the format. An .svg has text as text and colours as CSS variables,
+            so that the page it is put into may show it dark.
+        x: name of the horizontal axis, with its unit.
+        y: name of the vertical axis, with its unit.
         scale: of the horizontal axis: "tokens" for a few lengths, named 512, 2K, …, on a logarithmic one. Places are
             marked but on a linear one, which has many.
         mark: a vertical line, and what it marks.
+        zero: a horizontal line at 0, and what it means.
+        log_y: a logarithmic vertical axis.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
-    for curve in curves:
-        colour = _KINDS.get(curve.kind, _OTHER)
-        line = ("-", "--", ":", "-.")[curve.style % 4]
-        marker = None if scale == "linear" else ("o", "s", "^", "D")[curve.style % 4]
-        ax.plot(curve.x, curve.y, line, marker=marker, markersize=4, color=colour, label=curve.label, linewidth=1.4)
-        if curve.error is not None:
-            around = [2 * (error or 0) for error in curve.error]
-            low, high = ([v + sign * e for v, e in zip(curve.y, around, strict=True)] for sign in (-1, 1))
-            ax.fill_between(curve.x, low, high, color=colour, alpha=0.12, linewidth=0)
-        for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
-            ax.annotate(name, (place, value), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
-    if mark is not None:
-        ax.axvline(mark[0], color=_IDEAL, linestyle="--", linewidth=1, zorder=0)
-        ax.annotate(
-            mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), fontsize=8, ha="right", va="top", rotation=90
-        )
-    if scale == "log":
-        ax.set_xscale("log")
-    elif scale == "tokens":
-        ax.set_xscale("log", base=2)
-        places = sorted({int(place) for curve in curves for place in curve.x})
-        ax.set_xticks(places, [name_length(place) for place in places])
-        ax.set_xticks([], minor=True)
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.grid(alpha=0.3)
-    if len(curves) > 1:
-        ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    settings = {
+        "font.size": _FONT, "svg.fonttype": "none", "svg.hashsalt": path.stem, "font.family": "sans-serif",
+        "text.color": _COLOURS["ink"], "axes.edgecolor": _COLOURS["faint"], "axes.labelcolor": _COLOURS["ink"],
+        "xtick.color": _COLOURS["faint"], "ytick.color": _COLOURS["faint"], "xtick.labelcolor": _COLOURS["ink"],
+        "ytick.labelcolor": _COLOURS["ink"], "grid.color": _COLOURS["line"],
+    }  # fmt: skip
+    with rc_context(settings):  # type: ignore[arg-type]
+        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, layout="constrained")
+        ax = figure.subplots()
+        for curve in curves:
+            _draw_curve(ax, curve, is_dense=scale == "linear")
+        if scale == "log":
+            ax.set_xscale("log")
+            every = [place for curve in curves for place in curve.x]
+            few = max(every) < 1000 * min(every)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
+            ax.xaxis.set_major_formatter(lambda value, _: name_count(value))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        elif scale == "tokens":
+            ax.set_xscale("log", base=2)
+            places = sorted({int(place) for curve in curves for place in curve.x})
+            places = places[:: math.ceil(len(places) / 6)]
+            ax.set_xticks(places, [name_length(place) for place in places])
+            ax.set_xticks([], minor=True)
+        else:
+            ax.xaxis.set_major_formatter(lambda value, _: name_count(value))
+            ax.locator_params(axis="x", nbins=5)
+        if log_y:
+            ax.set_yscale("log")
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        ax.grid(linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        if zero is not None:
+            ax.axhline(0, color=_COLOURS["faint"], linewidth=1)
+            ax.annotate(zero, (0, 0), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
+                        color=_COLOURS["faint"])  # fmt: skip
+        if mark is not None:
+            ax.axvline(mark[0], color=_COLOURS["faint"], linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+            ax.annotate(mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+                        textcoords="offset points", ha="right", va="top", rotation=90,
+                        color=_COLOURS["faint"])  # fmt: skip
+        _label_ends(ax, curves)
+        if path.suffix != ".svg":
+            figure.savefig(path, dpi=150)
+            return
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    path.write_text(_with_variables(text.getvalue()), encoding="utf-8")
+
+
+def _draw_curve(ax: Axes, curve: Curve, *, is_dense: bool) -> None:
+    colour = _COLOURS.get(curve.kind, _COLOURS["other"])
+    line = ("-", "--", ":", "-.")[curve.style % 4] if curve.joined else "none"
+    marker = None if is_dense and curve.joined else ("o", "s", "^", "D")[curve.style % 4]
+    ax.plot(curve.x, curve.y, linestyle=line, marker=marker, markersize=4.5, color=colour, linewidth=1.6)
+    if curve.error is not None:
+        bars = [2 * (error or 0) for error in curve.error]
+        ax.errorbar(curve.x, curve.y, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+    for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
+        ax.annotate(name, (place, value), xytext=(4, 4), textcoords="offset points", color=colour)
+
+
+def _label_ends(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Write each curve's label beside its end, pushed apart where ends lie close."""
+    labelled = [curve for curve in curves if curve.label and len(curve.x)]
+    if not labelled:
+        return
+    low, high = ax.get_ylim()
+    scale = ax.transData
+    height = (_FONT + 2) / 210  # of the axes
+    ends = []
+    for curve in labelled:
+        place = ax.transAxes.inverted().transform(scale.transform((curve.x[-1], curve.y[-1])))
+        ends.append(min(max(float(place[1]), 0.0), 1.0))
+    ax.set_ylim(low, high)
+    order = sorted(range(len(ends)), key=lambda index: ends[index])
+    at = [ends[index] for index in order]
+    for _ in range(200):
+        for below, above in itertools.pairwise(range(len(at))):
+            lacking = height - (at[above] - at[below])
+            if lacking > 1e-6:
+                at[below], at[above] = at[below] - lacking / 2, at[above] + lacking / 2
+    for index, y in zip(order, at, strict=True):
+        curve = labelled[index]
+        colour = _COLOURS.get(curve.kind, _COLOURS["other"])
+        ax.annotate(curve.label, (1, y), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points",
+                    va="center", color=colour, annotation_clip=False)  # fmt: skip
+
+
+def _with_variables(svg: str) -> str:
+    """Replace colours by CSS variables, and leave out what a page that holds the picture does not need."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for name, colour in _COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name.replace('_', '-')}, {colour})")
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
+    used = set(re.findall(r"#(\w+)", svg))
+    svg = re.sub(r' id="(\w+)"', lambda found: found[0] if found[1] in used else "", svg)
+    return re.sub(r"<svg [^>]*>", f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">', svg)
 
 
 def name_length(tokens: int) -> str:
@@ -187,19 +397,28 @@ def name_length(tokens: int) -> str:
     return f"{tokens:,}"
 
 
-def draw_by_position(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
-    """Draw perplexity against position, with two standard errors, from rows with from, to, loss, standard_error."""
+def name_count(number: float) -> str:
+    """Return a count in short, in powers of ten: 1.5M, 200k, 12."""
+    if abs(number) >= 1e12:
+        return f"{number:.2g}".replace("e+", "e")
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:g}"
+
+
+def draw_by_position(
+    rows: Sequence[Mapping[str, float]], path: Path, *, kind: str = "dilated", mark: tuple[float, str] | None = None
+) -> None:
+    """Draw loss against position, with two standard errors, from rows with from, to, loss, standard_error.
+
+    Args:
+        rows: a bin of positions each.
+        path: where the picture goes; its suffix is the format.
+        kind: of the attention, which decides the colour.
+        mark: a position, the training length for one, and what it is.
+    """
     rows = [row for row in rows if row["from"] >= 1]
     places = [math.sqrt(row["from"] * row["to"]) for row in rows]
-    low, high = ([math.exp(min(row["loss"] + sign * row["standard_error"], 700.0)) for row in rows] for sign in (-2, 2))
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    ax = figure.subplots()
-    ax.fill_between(places, low, high, color=_IDEAL, linewidth=0)
-    ax.plot(places, [math.exp(min(row["loss"], 700.0)) for row in rows], "o-", color=_DILATED, markersize=3)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_xlabel("position")
-    ax.set_ylabel("perplexity")
-    ax.grid(alpha=0.3)
-    ax.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    curve = Curve("", places, [row["loss"] for row in rows], [row["standard_error"] for row in rows], kind)
+    draw_curves([curve], path, x="position in the sequence (tokens)", y="loss (nats per token)", scale="log", mark=mark)

@@ -29,12 +29,14 @@ def test_evaluation_of_a_run(call, run_folder, words, tmp_path, capsys):
         assert f"{part['bits_per_byte']:.4f}" in printed
     assert "Contexts of 128 are longer than the training sequences of 64" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "evaluation.json", "perplexity.png", "position.png", "passkey.png",
+        "evaluation.json", "perplexity.svg", "difference.svg", "position.svg", "passkey.svg", "gain.svg",
     }  # fmt: skip
 
     page = report.read_text()
-    assert not re.search(r"<script|<link|https?:|src=\"(?!data:)|href=", page)
-    assert page.count("data:image/png;base64,") == 5  # by context, by position, pass keys, training loss, pattern
+    assert not re.search(r"<script|<link|https?:|src=\"(?!data:)|href=(?!\"#)", page)
+    assert page.count("data:image/png;base64,") == 1  # the pattern
+    assert page.count("<svg ") == 6  # perplexity, difference, by position, pass keys, their gain, training
+    assert '<p class="headline">With 64 of context in place of 16, perplexity on the same tokens is' in page
     for word in (
         f"{row['contexts'][2]['perplexity']:.3f}",
         "A sample",

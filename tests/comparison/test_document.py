@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.document import Code, Document, Heading, Headline, Picture, Points, Table, Text, write_text
+from longnet.plots import Curve, draw_curves
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -55,6 +56,20 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_whole(document):
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == PNG
     assert {"2 < 3 & so on", "A <title> & more", "a|b", "x = 1\n\nif x < 2:\n  pass"} <= set(reader.text)
     assert "prefers-color-scheme: dark" in page
+
+
+def test_an_svg_is_part_of_the_page_and_takes_its_colours(tmp_path):
+    path = tmp_path / "chart.svg"
+    draw_curves([Curve("one", [1, 2], [3.0, 2.0])], path, x="tokens", y="loss")
+    document = Document("title")
+    document.add(Headline("All is well."), Picture(path, 'a "chart"'))
+    page = document.to_html()
+    assert '<svg role="img" aria-label="a &quot;chart&quot;"' in page
+    assert "var(--dilated, #0f4c75)" in page
+    assert "--dilated: #5aa9e6" in page  # in the dark
+    assert not re.search(r"https?:|url\((?!#)|@import", page)
+    assert '<p class="headline">All is well.</p>' in page
+    assert document.to_markdown(tmp_path).startswith("# title\n\n**All is well.**\n")
 
 
 def test_columns_of_numbers_stand_to_the_right(document):

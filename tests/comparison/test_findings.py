@@ -28,6 +28,13 @@ def results():
     ]
 
 
+def test_the_headline_is_of_the_longest_training_of_longnet(results):
+    assert findings.describe_headline(results[:2]) == (
+        "Perplexity, trained at 512 and scored at 512: Transformer 6.7; LongNet 6.0 at 0.50 × the FLOPs."
+    )
+    assert findings.describe_headline(results) == "Perplexity, trained at 1K and scored at 1K: LongNet 5.5."
+
+
 def test_steps_within_and_beyond_the_training_length(results):
     dense, short, long = findings.describe_contexts(results)
     assert dense.startswith("Transformer, 512: loss from context 256 → 512: falls (−0.1000 ± ")

@@ -58,8 +58,18 @@ def test_no_key_found_is_said(evaluation):
 
 def test_pictures_are_drawn(evaluation, tmp_path):
     pictures = evaluation.draw(tmp_path / "new")
-    assert set(pictures) == {"perplexity", "position", "passkey"}
-    assert all(path.stat().st_size > 5000 for path in pictures.values())
+    assert set(pictures) == {"perplexity", "difference", "position", "passkey", "gain"}
+    assert "training length" in pictures["difference"].read_text()
+    assert "loss with 16 of context" in pictures["difference"].read_text()
+
+
+def test_the_headline_is_of_what_was_trained(evaluation):
+    assert evaluation.headline() == (
+        "With 32 of context in place of 16, perplexity on the same tokens is 10.20 in place of 11.30: the longer "
+        "context helps (−0.1025 ± 0.0063 nats per token)."
+    )
+    alone = dataclasses.replace(evaluation, contexts=evaluation.contexts[:1])
+    assert alone.headline() == "Perplexity 11.30 with 16 of context."
 
 
 def test_judgement_needs_two_standard_errors():

@@ -218,7 +218,7 @@ def test_the_command(monkeypatch, folder, tmp_path, capsys):
     assert about["is_bytes"]
     assert about["by_position"][-1]["to"] == 1999
     assert about["peak_bytes"] > 2**20
-    assert (out / "stream.png").stat().st_size > 5000
+    assert (out / "stream.svg").stat().st_size > 5000
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0
     assert json.loads((out / "stream.json").read_text())["tokens"] == 2910
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0

@@ -58,7 +58,7 @@ def evaluate(
     device
         "cpu", "cuda", or "auto" for a GPU where there is one.
     output
-        Folder for evaluation.json, perplexity.png, position.png, passkey.png.
+        Folder for evaluation.json and its pictures: perplexity, difference, position, passkey and gain, each an .svg.
     report
         HTML file about the model and the evaluation, everything inside it.
     """
@@ -141,5 +141,5 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         for row in part.rows:
             table.add_row(*row)
         console.print(table)
-    for sentence in evaluation.sentences():
+    for sentence in (evaluation.headline(), *evaluation.sentences()):
         console.print(sentence)

@@ -31,7 +31,7 @@ def stream(
 ) -> None:
     """Read files as ONE sequence, exactly and in constant memory; write loss and perplexity by position.
 
-    Writes stream.json and stream.png into the output folder, and from time to time the state, from which --resume goes
+    Writes stream.json and stream.svg into the output folder, and from time to time the state, from which --resume goes
     on after an interruption.
 
     Parameters
@@ -88,7 +88,7 @@ def stream(
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
     place = find_device(device, option="--device")
-    loaded, folder, *_ = load_model(model, place, "dilated", getattr(torch, dtype))
+    loaded, folder, _, trained = load_model(model, place, "dilated", getattr(torch, dtype))
     source = reading.open_source(
         files, tokenizer, folder, loaded.config.vocab_size, suffixes=suffixes, exclude=exclude,
         reading=Reading(text_field, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n),
@@ -142,8 +142,8 @@ def stream(
         "by_position": sums.by_position(),
     }
     (output / "stream.json").write_text(json.dumps(about, indent=1) + "\n")
-    title = f"{sums.tokens:,} tokens as one sequence, {sums.tokens / sums.seconds:,.0f} tokens/s"
-    draw_by_position(about["by_position"], output / "stream.png", title)
+    mark = None if trained is None or trained > sums.tokens else (trained, "training length")
+    draw_by_position(about["by_position"], output / "stream.svg", mark=mark)
     growth = "" if sums.peak_bytes_early is None else f", {sums.peak_bytes / sums.peak_bytes_early:.3f} × that at 16M"
     console.print(
         f"loss {sums.loss:.4f} nats per token; {sums.tokens / sums.seconds:,.0f} tokens/s, "

@@ -17,6 +17,13 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """What the report comes to, in a sentence, below the title."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
@@ -48,13 +55,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file beside the report."""
+    """A PNG or SVG file beside the report. The colours of an SVG follow the page's."""
 
     path: Path
     caption: str
 
 
-Block = Heading | Text | Points | Code | Table | Picture
+Block = Heading | Headline | Text | Points | Code | Table | Picture
 
 
 @dataclass
@@ -75,6 +82,8 @@ class Document:
             match block:
                 case Heading(text):
                     parts.append(f"## {text}")
+                case Headline(text):
+                    parts.append(f"**{text}**")
                 case Text(text):
                     parts.append(text)
                 case Points(items):
@@ -97,6 +106,8 @@ class Document:
             match block:
                 case Heading(text):
                     parts.append(f"<h2>{html.escape(text)}</h2>")
+                case Headline(text):
+                    parts.append(f'<p class="headline">{html.escape(text)}</p>')
                 case Text(text):
                     parts.append(f"<p>{html.escape(text)}</p>")
                 case Points(items):
@@ -104,11 +115,8 @@ class Document:
                 case Code(text):
                     parts.append(f"<pre>{html.escape(text)}</pre>")
                 case Picture(path, caption):
-                    data, said = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
-                    parts.append(
-                        f'<figure><img alt="{said}" src="data:image/png;base64,{data}">'
-                        f"<figcaption>{said}</figcaption></figure>"
-                    )
+                    said = html.escape(caption)
+                    parts.append(f"<figure>{_picture(path, said)}<figcaption>{said}</figcaption></figure>")
                 case Table(head, rows, caption):
                     parts.append(_html_table(head, rows, caption))
         return _PAGE.format(title=html.escape(self.title), body="\n".join(parts))
@@ -122,11 +130,22 @@ def write_text(text: str, path: Path) -> None:
     partial.replace(path)
 
 
+def _picture(path: Path, said: str) -> str:
+    if path.suffix == ".svg":
+        svg = path.read_text(encoding="utf-8").replace(' xmlns="http://www.w3.org/2000/svg"', "")
+        return svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{said}" src="data:image/png;base64,{data}">'
+
+
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
     right = _to_the_right(head, rows)
 
     def line(tag: str, cells: Sequence[str]) -> str:
-        marks = [' class="n"' if number else "" for number in right]
+        marks = [
+            ' class="n"' if number else ' class="l"' if len(cell) > 24 else ""
+            for number, cell in zip(right, cells, strict=True)
+        ]
         return "<tr>" + "".join(
             f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True)
         ) + "</tr>"  # fmt: skip
@@ -151,21 +170,27 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --ink: #1d2428; --paper: #fff; --faint: #66747c; --line: #d8dfe2; --back: #f4f6f7; }}
+:root {{ color-scheme: light dark; --ink: #1d2428; --paper: #fff; --faint: #5d6a72; --line: #d8dfe2; --back: #f4f6f7;
+  --dilated: #0f4c75; --sdpa: #c4631c; --sparse-fixed: #8a9a2b; --other: #7a5ea8; }}
 @media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #dfe6e9; --paper: #14191c; --faint: #93a1a8; --line: #333d42; --back: #1d2428; }}
+  :root {{ --ink: #dfe6e9; --paper: #14191c; --faint: #9fadb4; --line: #333d42; --back: #1d2428;
+    --dilated: #5aa9e6; --sdpa: #ffb37a; --sparse-fixed: #e2ee9a; --other: #b9a3e3; }}
 }}
 body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }}
+       max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
+p, li, figcaption {{ max-width: 60rem; }}
+.headline {{ font-size: 1.15rem; font-weight: 600; }}
 h1 {{ font-size: 1.6rem; line-height: 1.25; }}
 h2 {{ font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }}
 .t {{ overflow-x: auto; margin: 1rem 0; }}
 table {{ border-collapse: collapse; font-size: .92rem; }}
 caption {{ text-align: left; color: var(--faint); padding-bottom: .4rem; }}
-th, td {{ padding: .25rem .7rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-th {{ border-bottom-width: 2px; }}
+th, td {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }}
+th {{ border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }}
+td.l {{ white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }}
 .n {{ text-align: right; font-variant-numeric: tabular-nums; }}
 figure {{ margin: 1.2rem 0; }}
+figure svg {{ display: block; width: 100%; max-width: 640px; stroke-linejoin: round; overflow: visible; }}
 img {{ max-width: 100%; background: #fff; border-radius: 6px; }}
 figcaption {{ color: var(--faint); font-size: .9rem; }}
 pre {{ background: var(--back); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap;

@@ -14,6 +14,22 @@ from longnet.plots import name_length
 _PAPER_TOKENS = 300_000 * 500_000  # arXiv:2307.02486 §4.1: 300K steps of 0.5M tokens
 
 
+def describe_headline(results: Sequence[CellResult]) -> str:
+    """Say in one sentence how the systems fare at the longest length that LongNet was trained at."""
+    longest = max((result.length for result in results if result.attention == "dilated"), default=0)
+    same = [result for result in results if result.length == longest] or list(results)
+    context = _own_context(same[0])
+    parts = []
+    for result in same:
+        flops = result.flops["counted"] / same[0].flops["counted"]
+        share = "" if result is same[0] else f" at {flops:.2f} × the FLOPs"
+        parts.append(f"{SYSTEMS[result.attention]} {result.at(context).perplexity:.1f}{share}")
+    return (
+        f"Perplexity, trained at {name_length(same[0].length)} and scored at {name_length(context)}: "
+        f"{'; '.join(parts)}."
+    )
+
+
 def describe_contexts(results: Sequence[CellResult]) -> list[str]:
     """Say of each cell whether its perplexity falls with the context, within its training length and beyond."""
     said = []

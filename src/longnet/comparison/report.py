@@ -8,9 +8,10 @@ from pathlib import Path
 
 from longnet.comparison.cell import CellResult
 from longnet.comparison.compare import Outcome
-from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.document import Code, Document, Heading, Headline, Picture, Points, Table, Text, write_text
 from longnet.comparison.findings import (
     describe_contexts,
+    describe_headline,
     describe_lengths,
     describe_limits,
     describe_systems,
@@ -18,6 +19,7 @@ from longnet.comparison.findings import (
 )
 from longnet.comparison.systems import SYSTEMS
 from longnet.comparison.timing import Timing
+from longnet.evaluation.perplexity import paired_difference
 from longnet.evaluation.record import position_curve
 from longnet.measurement import ratio
 from longnet.plots import Curve, draw_curves, name_length
@@ -46,6 +48,7 @@ def _describe(document: Document, results: Sequence[CellResult], timing: Timing 
     first = results[0]
     contexts = [part.context for part in first.contexts]
     document.add(
+        Headline(describe_headline(results)),
         Text(
             f"Each cell trains the same model of {first.parameters['total']:,} parameters "
             f"({first.parameters['embedding']:,} of them embeddings) on {first.tokens:,} tokens, "
@@ -94,7 +97,7 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         for attention in SYSTEMS
         if any(result.attention == attention for result in results)
     }
-    paths = {name: figures / f"{name}.png" for name in ("flops", "context", "training", "position")}
+    paths = {name: figures / f"{name}.svg" for name in ("flops", "context", "difference", "training", "position")}
     draw_curves(
         [Curve(SYSTEMS[kind], [result.total_flops for result in own], [at_own_length(result) for result in own],
                kind=kind, names=[name_length(result.length) for result in own]) for kind, own in systems.items()],
@@ -106,10 +109,20 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
          for result in results],
         paths["context"], x="context length (tokens)", y="loss (nats per token)",
     )  # fmt: skip
+    pairs = [
+        (result, other)
+        for result in results
+        for other in results
+        if result.attention == "dilated" != other.attention and result.length == other.length
+    ]
+    if pairs:
+        _draw_differences(pairs, contexts, style, paths["difference"])
+    else:
+        del paths["difference"]
     draw_curves(
         [Curve(result.cell.title, [tokens for tokens, _ in result.losses], [loss for _, loss in result.losses],
                kind=result.attention, style=style[result.length]) for result in results],
-        paths["training"], x="training tokens", y="training loss (nats per token)", scale="linear",
+        paths["training"], x="tokens trained on", y="training loss (nats per token)", scale="linear",
     )  # fmt: skip
     draw_curves(
         [replace(position_curve(result.at(longest), result.cell.title, result.attention, style[result.length]),
@@ -120,10 +133,29 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         "flops": "Perplexity at each cell's training length against the FLOPs of its training, counted; a line joins "
         "the training lengths of a system (Figure 6 of the paper).",
         "context": "Loss on the same tokens against the context length (Figure 7b of the paper).",
+        "difference": "LongNet's loss less that of the other systems trained at the same length, on the same windows, "
+        "against the context length; bars: ±2 standard errors. Below 0 LongNet is better.",
         "position": f"Loss by position, in windows of {longest:,} tokens: how much each token gains from those before.",
         "training": "Training loss.",
     }
-    return [Heading("Pictures"), *(Picture(paths[name], caption) for name, caption in captions.items())]
+    return [
+        Heading("Pictures"),
+        *(Picture(paths[name], caption) for name, caption in captions.items() if name in paths),
+    ]
+
+
+def _draw_differences(
+    pairs: Sequence[tuple[CellResult, CellResult]], contexts: Sequence[int], style: dict[int, int], path: Path
+) -> None:
+    curves = []
+    for ours, other in pairs:
+        steps = [paired_difference(ours.at(context), other.at(context)) for context in contexts]
+        label = f"{SYSTEMS[other.attention].partition(' ')[0]}, {name_length(other.length)}"
+        losses, errors = [step.mean for step in steps], [step.standard_error for step in steps]
+        curves.append(Curve(label, contexts, losses, errors, other.attention, style[other.length]))
+    draw_curves(
+        curves, path, x="context length (tokens)", y="LongNet less the other (nats per token)", zero="no difference"
+    )
 
 
 def _costs(results: Sequence[CellResult], timing: Timing | None) -> Table:

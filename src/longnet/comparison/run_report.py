@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
-from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.document import Code, Document, Heading, Headline, Picture, Points, Table, Text, write_text
 from longnet.comparison.findings import describe_run_limits
 from longnet.evaluation.record import Evaluation
 from longnet.model import LongNetConfig
@@ -35,17 +35,24 @@ def write_run_report(run: Path, config: PreTrainedConfig, evaluation: Evaluation
     document = Document(f"{Path(evaluation.model).resolve().name}: perplexity by context length")
     with tempfile.TemporaryDirectory() as folder:
         pictures = evaluation.draw(Path(folder))
-        document.add(Text(_origin(evaluation)), Heading("What holds"), Points(evaluation.sentences()))
+        document.add(Headline(evaluation.headline()), Text(_origin(evaluation)))
+        document.add(Heading("What holds"), Points(evaluation.sentences()))
         document.add(Heading("By context length"), context_table(evaluation))
         document.add(
+            Picture(pictures["perplexity"], "Perplexity of the same tokens by context length."),
             Picture(
-                pictures["perplexity"], "Perplexity of the same tokens by context length; band: ±2 standard errors."
-            )
+                pictures["difference"],
+                "Change of the loss against the shortest context, paired by window; bars: ±2 standard errors.",
+            ),
         )
-        document.add(Heading("By position"), Picture(pictures["position"], "Loss by position in the window."))
+        document.add(
+            Heading("By position"),
+            Picture(pictures["position"], "Loss by position in the window; bars: ±2 standard errors."),
+        )
         if evaluation.passkey:
             document.add(Heading("Pass keys by distance"), passkey_table(evaluation))
-            document.add(Picture(pictures["passkey"], "Pass keys retrieved, and what the key told is worth."))
+            document.add(Picture(pictures["passkey"], "Pass keys retrieved."))
+            document.add(Picture(pictures["gain"], "What the key told is worth; bars: ±2 standard errors."))
         _add_training(document, rows, Path(folder))
         _add_limits(document, rows, config, evaluation)
         _add_cost(document, config, evaluation, Path(folder))
@@ -88,14 +95,27 @@ def _origin(evaluation: Evaluation) -> str:
 def _add_training(document: Document, rows: list[dict[str, Any]], folder: Path) -> None:
     losses = [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "train" and row["loss"] is not None]
     if losses:
+        curves = [Curve("training", [tokens for tokens, _ in losses], [loss for _, loss in losses], kind="other")]
+        reached = {row["step"]: row["tokens"] for row in rows if row["kind"] == "train"}
+        scored = [
+            (reached[row["step"]], row["contexts"][-1])
+            for row in rows
+            if row["kind"] == "evaluate" and row["step"] in reached
+        ]
+        if scored:
+            places, values = [tokens for tokens, _ in scored], [float(part["loss"]) for _, part in scored]
+            curves.append(Curve("validation", places, values, joined=False))
         draw_curves(
-            [Curve("", [tokens for tokens, _ in losses], [loss for _, loss in losses])], folder / "training.png",
-            x="training tokens", y="training loss (nats per token)", scale="linear",
+            curves, folder / "training.svg", x="tokens trained on", y="loss (nats per token)", scale="linear",
         )  # fmt: skip
         last = [row for row in rows if row["kind"] == "train"][-1]
         document.add(
             Heading("Training"),
-            Picture(folder / "training.png", "Training loss."),
+            Picture(
+                folder / "training.svg",
+                "Loss of the training batches"
+                + (f", and of validation at a context of {name_length(scored[-1][1]['context'])}." if scored else "."),
+            ),
             Text(
                 f"{last['step']:,} steps, {last['tokens']:,} tokens, {last['seconds']:,.0f} seconds in steps, peak "
                 f"memory {last['memory'] / 1e6:,.0f} MB."
@@ -135,7 +155,7 @@ def _add_cost(document: Document, config: PreTrainedConfig, evaluation: Evaluati
     pattern: DilationPattern = pattern_of(config)
     tokens = min(max(pattern.segment_lengths), _DRAWN_TOKENS)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    draw_pattern(pattern, folder / "pattern.png", tokens=tokens, num_heads=min(heads, 4))
+    draw_pattern(pattern, folder / "pattern.png", tokens=tokens, num_heads=heads, shown=2, cells=128)
     document.add(Heading("Attention"), Picture(folder / "pattern.png", f"Which keys each query sees: {pattern}."))
 
 

@@ -64,16 +64,22 @@ class Evaluation:
         return None if self.training_length is None else context > self.training_length
 
     def draw(self, folder: Path) -> dict[str, Path]:
-        """Draw perplexity by context, loss by position, and passkey retrieval into a folder; return the files."""
+        """Draw perplexity and change of loss by context, loss by position, and pass keys; return the files."""
         folder.mkdir(parents=True, exist_ok=True)
         kind = self.attention
         mark = None if self.training_length is None else (self.training_length, "training length")
         lengths = [result.context for result in self.contexts]
-        pictures = {"perplexity": folder / "perplexity.png", "position": folder / "position.png"}
-        errors = [result.perplexity * (result.standard_error or 0) for result in self.contexts]
+        pictures = {name: folder / f"{name}.svg" for name in ("perplexity", "difference", "position")}
         draw_curves(
-            [Curve("", lengths, [result.perplexity for result in self.contexts], errors, kind)],
+            [Curve("", lengths, [result.perplexity for result in self.contexts], None, kind)],
             pictures["perplexity"], x="context length (tokens)", y="perplexity", mark=mark,
+        )  # fmt: skip
+        shortest = self.contexts[0]
+        steps = [paired_difference(result, shortest) for result in self.contexts]
+        draw_curves(
+            [Curve("", lengths, [step.mean for step in steps], [step.standard_error for step in steps], kind)],
+            pictures["difference"], x="context length (tokens)", y="change of loss (nats per token)", mark=mark,
+            zero=f"loss with {name_length(shortest.context)} of context",
         )  # fmt: skip
         draw_curves(
             [position_curve(result, name_length(result.context), kind, style)
@@ -81,18 +87,38 @@ class Evaluation:
             pictures["position"], x="position in the window (tokens)", y="loss (nats per token)", mark=mark,
         )  # fmt: skip
         if self.passkey:
-            pictures["passkey"] = folder / "passkey.png"
+            pictures |= {name: folder / f"{name}.svg" for name in ("passkey", "gain")}
             distances = [result.distance for result in self.passkey]
-            gains = [result.gain for result in self.passkey]
             draw_curves(
-                [
-                    Curve("share of keys retrieved", distances, [r.exact for r in self.passkey], None, kind),
-                    Curve("nats per token gained by the key", distances, gains,
-                          [r.gain_standard_error for r in self.passkey], "", 1),
-                ],
-                pictures["passkey"], x="distance (tokens)", y="", mark=mark,
+                [Curve("", distances, [result.exact for result in self.passkey], None, kind)],
+                pictures["passkey"], x="distance (tokens)", y="share of keys retrieved", mark=mark,
+            )  # fmt: skip
+            gains = [result.gain for result in self.passkey]
+            errors = [result.gain_standard_error for result in self.passkey]
+            draw_curves(
+                [Curve("", distances, gains, errors, kind)],
+                pictures["gain"], x="distance (tokens)", y="gained by the key (nats per token)", mark=mark,
+                zero="as without a key",
             )  # fmt: skip
         return pictures
+
+    def headline(self) -> str:
+        """Say in one sentence what the longest context that was trained is worth against the shortest."""
+        within = [result for result in self.contexts if not self.is_beyond(result.context)] or self.contexts
+        short, long = within[0], within[-1]
+        if short is long:
+            return f"Perplexity {long.perplexity:.2f} with {name_length(long.context)} of context."
+        step = paired_difference(long, short)
+        worth = {
+            "falls": "the longer context helps",
+            "rises": "the longer context harms",
+            "does not clearly change": "the longer context makes no clear difference",
+        }[judge(step)]
+        return (
+            f"With {name_length(long.context)} of context in place of {name_length(short.context)}, perplexity on the "
+            f"same tokens is {long.perplexity:.2f} in place of {short.perplexity:.2f}: {worth} ({with_error(step)} "
+            "nats per token)."
+        )
 
     def sentences(self) -> list[str]:
         """Say what the figures show, and what they don't."""
