@@ -159,6 +159,43 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def sinusoidal(positions: Tensor, width: int) -> Tensor:
+    """Return [sin pω, cos pω], ω_k = 10000^(−k / (width/2 − 1)): what fairseq and torchscale add to embeddings.
+
+    Args:
+        positions: (…), int64.
+        width: C, even.
+
+    Returns:
+        (…, C) float32, computed in float64.
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000) / (half - 1)))
+    angles = _angles(positions, rates)
+    return torch.cat([angles.sin(), angles.cos()], -1).to(positions.device, torch.float32)
+
+
+def grid(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Return [sin jω, cos jω, sin iω, cos iω], ω_k = 10000^(−k / (width/4)), of row i and column j of a grid.
+
+    The 2-D form of MAE (arXiv:2111.06377), which GigaPath's slide encoder took for its tiles.
+
+    Args:
+        rows: (…) int64, i.
+        columns: (…) int64, j.
+        width: C, a multiple of 4.
+
+    Returns:
+        (…, C) float32, computed in float64.
+    """
+    rates = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    parts = []
+    for places in (columns, rows):
+        angles = _angles(places, rates)
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, -1).to(rows.device, torch.float32)
+
+
 def refuse_late_starts(position_ids: Tensor, period: int, *, real: Tensor | None, is_cached: bool) -> None:
     """Raise where a document starts between the blocks that xPos scales count from.
 
@@ -191,3 +228,8 @@ def refuse_late_starts(position_ids: Tensor, period: int, *, real: Tensor | None
 
 def _served_period(period: int | None, span: int) -> int | None:
     return period if period is not None and period <= span else None
+
+
+def _angles(positions: Tensor, rates: Tensor) -> Tensor:
+    device = torch.device("cpu") if positions.device.type == "mps" else positions.device  # mps has no float64
+    return positions.to(device, torch.float64)[..., None] * rates.to(device)

@@ -12,10 +12,11 @@ from transformers.activations import ACT2FN
 
 from longnet.attention.pattern import DilationPattern, HeadOffsets, Queries
 from longnet.model.patterns import pattern_of
+from longnet.model.tails import TailKind, tail_refusal
 from longnet.model.versions import FieldsConfig
 from longnet.positions import xpos_span
 
-PositionEmbedding = Literal["xpos", "rope", "none"]
+PositionEmbedding = Literal["xpos", "rope", "learned", "sinusoidal", "none"]
 
 # What others call our fields; nearness of spelling would not find these.
 _ALIASES = {
@@ -82,20 +83,31 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             `attn_implementation="sparse_fixed"`.
         sparse_summary: its last positions of each stride, which all later tokens see.
         sparse_stride: distance of the summaries; sparse_block when None.
-        position_embedding: `"xpos"` (the paper), `"rope"` or `"none"`.
+        is_causal: hide later tokens: a decoder, or an encoder where False.
+        tail: of encoders, how segments end that the end of a sequence cuts: `"exact"`, or `"torchscale"`, where zero
+            keys stand for what is missing, as its published weights were trained (`longnet.model.tails`).
+        position_embedding: `"xpos"` (the paper), `"rope"`, `"learned"` or `"sinusoidal"`, which are added to the
+            embeddings, or `"none"`.
+        first_position: of learned and sinusoidal positions, what the first token is called (fairseq: 2).
+        embedding_scale: factor on the embeddings of tokens.
         rope_theta: base of the angles of xPos and RoPE, at least 1.
         xpos_scale_base: tokens over which xPos decays (arXiv:2212.10554). At 512 its scales span 32,861 tokens; wider
             patterns without a common segment boundary within that need a larger one.
         sub_layernorm: MAGNETO's second LayerNorms, before o_proj and fc2 (arXiv:2210.06423). Without them a plain
             pre-LayerNorm Transformer.
+        deepnorm: DeepNorm's factor on what goes past a sublayer, and its initialisation (arXiv:2203.00555); without
+            sub_layernorm.
+        post_layernorm: LayerNorms behind the sublayers in place of before them; as deepnorm when None.
         layer_norm_eps: added to the variance.
         attention_bias: biases in q_proj, k_proj, v_proj, o_proj.
         mlp_bias: biases in fc1, fc2.
         attention_dropout: of attention weights, in [0, 1). Dilated attention takes only 0, as in the paper.
         hidden_dropout: of embeddings and of each sublayer's output, in [0, 1). The paper: 0.
+        drop_path: stochastic depth (arXiv:1603.09382) in training: the last layer's sublayers are left out so often,
+            earlier ones in proportion to their depth, in [0, 1).
         initializer_range: standard deviation of the embeddings and of the head; hidden_size ** -0.5 when None.
         initializer_gain: Xavier gain of v_proj, o_proj, fc1, fc2; when None MAGNETO's √log(2 · num_hidden_layers) for
-            decoders (arXiv:2210.06423 §3), or 1 without sub_layernorm.
+            decoders (arXiv:2210.06423 §3), DeepNorm's (8 · num_hidden_layers) ** -0.25, or 1 in plain blocks.
         tie_word_embeddings: the head shares the embeddings' weight.
         use_cache: return a key/value cache in eval mode.
         pad_token_id: token of padding; its embedding is not trained.
@@ -127,15 +139,22 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     sparse_block: int | None = None
     sparse_summary: int | None = None
     sparse_stride: int | None = None
+    is_causal: bool = True
+    tail: TailKind = "exact"
     position_embedding: PositionEmbedding = "xpos"
+    first_position: int = 0
+    embedding_scale: float = 1.0
     rope_theta: float = 10_000.0
     xpos_scale_base: float = 512.0
     sub_layernorm: bool = True
+    deepnorm: bool = False
+    post_layernorm: bool | None = None
     layer_norm_eps: float = 1e-5
     attention_bias: bool = True
     mlp_bias: bool = True
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    drop_path: float = 0.0
     initializer_range: float | None = None
     initializer_gain: float | None = None
     tie_word_embeddings: bool = True
@@ -201,8 +220,13 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.post_layernorm is None:
+            self.post_layernorm = self.deepnorm
         self._check_positions()
         pattern_of(self)
+        refusal = tail_refusal(self)
+        if refusal is not None:
+            raise ValueError(refusal)
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = kwargs.pop("_attn_implementation", None) or "dilated"
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -215,10 +239,14 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("attention_dropout", "hidden_dropout"):
+        if self.first_position < 0:
+            raise ValueError(f"first_position must be at least 0, got {self.first_position}")
+        if (self.deepnorm or self.post_layernorm) and self.sub_layernorm:
+            raise ValueError("deepnorm and post_layernorm go without sub-LayerNorms: set sub_layernorm=False")
+        for name in ("attention_dropout", "hidden_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("layer_norm_eps", "xpos_scale_base", "initializer_range", "initializer_gain"):
+        for name in ("layer_norm_eps", "embedding_scale", "xpos_scale_base", "initializer_range", "initializer_gain"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -241,7 +269,9 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
                     raise ValueError(f"{name} must be a token below vocab_size={self.vocab_size}, got {value}")
 
     def _check_positions(self) -> None:
-        if self.position_embedding == "none":
+        if self.position_embedding == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
+            raise ValueError(f"sinusoidal positions need an even hidden_size of at least 4, got {self.hidden_size}")
+        if self.position_embedding not in ("xpos", "rope"):
             return
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(

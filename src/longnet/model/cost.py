@@ -29,7 +29,9 @@ def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
             "num_kv_heads": config.num_key_value_heads,
         }
         patterns = [pattern_of(config, layer) for layer in range(config.num_hidden_layers)]
-        return sum(count * pattern.flops(**sizes, is_causal=True) for pattern, count in Counter(patterns).items())
+        return sum(
+            count * pattern.flops(**sizes, is_causal=config.is_causal) for pattern, count in Counter(patterns).items()
+        )
     if kind == "sparse_fixed":
         flops = sparse_pattern_of(config).flops(tokens=tokens, num_heads=heads, head_dim=head_dim)
     else:

@@ -1,0 +1,405 @@
+"""torchscale's checkpoints → our models, and back: GigaPath's slide encoder, LongViT, causal language models."""
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from longnet.model.blocks import LongNetPreTrainedModel
+from longnet.model.configuration import LongNetConfig, PositionEmbedding
+from longnet.model.heads import LongNetForCausalLM
+from longnet.model.images import SEGMENTS, LongNetForImageClassification, LongNetImageConfig, LongNetImageModel
+from longnet.model.slides import (
+    LongNetForSlideClassification,
+    LongNetSlideConfig,
+    LongNetSlideModel,
+    segments_for,
+)
+from longnet.model.tails import TailKind
+from longnet.positions import RotaryPositions, turn_steps
+
+_Model = TypeVar("_Model", bound=LongNetPreTrainedModel)
+
+_RATES = (1, 2, 4, 8, 16)
+_LAYER = re.compile(r"(.*?)layers\.(\d+)\.(.*)")
+# Inside a layer: theirs, ours; the first that fits counts.
+_OF_LAYER = (
+    ("self_attn.out_proj.", "self_attn.o_proj."),
+    ("self_attn.inner_attn_ln.", "self_attn.sub_layernorm."),
+    ("self_attn_layer_norm.", "input_layernorm."),
+    ("final_layer_norm.", "post_attention_layernorm."),
+    ("ffn.ffn_layernorm.", "mlp.sub_layernorm."),
+    ("ffn.", "mlp."),
+)
+# Outside: theirs, ours, of each kind of model.
+_OF_MODEL: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
+    LongNetSlideModel: (
+        ("patch_embed.proj.", "patch_embed."),
+        ("encoder.layer_norm.", "layer_norm."),
+        ("encoder.layers.", "layers."),
+    ),
+    LongNetForSlideClassification: (
+        ("slide_encoder.patch_embed.proj.", "slides.patch_embed."),
+        ("slide_encoder.encoder.layer_norm.", "slides.layer_norm."),
+        ("slide_encoder.encoder.layers.", "slides.layers."),
+        ("slide_encoder.", "slides."),
+        ("classifier.0.", "classifier."),
+    ),
+    LongNetImageModel: (("patch_embed.proj.", "patch_embed."), ("encoder.layers.", "layers.")),
+    LongNetForImageClassification: (
+        ("backbone.patch_embed.proj.", "images.patch_embed."),
+        ("backbone.encoder.layers.", "images.layers."),
+        ("backbone.", "images."),
+    ),
+    LongNetForCausalLM: (
+        ("embed_tokens.", "model.embed_tokens."),
+        ("embed_positions.", "model.embed_positions."),
+        ("layers.", "model.layers."),
+        ("layer_norm.", "model.norm."),
+        ("output_projection.", "lm_head."),
+    ),
+}
+
+
+def load_gigapath(
+    path: str | Path,
+    num_heads: int = 16,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    max_wsi_size: int = 262_144,
+    tile_size: int = 256,
+    tail: TailKind | None = None,
+    classifier_layers: Sequence[int] = (11,),
+) -> LongNetSlideModel | LongNetForSlideClassification:
+    """Load prov-gigapath's slide encoder (LongNetViT), in eval mode.
+
+    Widths and depth are read off the shapes; nothing else is in the file. Every tensor must find its place.
+
+    Args:
+        path: `slide_encoder.pth`, a .safetensors file with its names, or a folder that `save_pretrained` or
+            `longnet convert` wrote, which knows its own settings; those given here replace them.
+        num_heads: query heads.
+        segment_lengths: w_i in tiles; from max_wsi_size and tile_size when None, as the authors do
+            (`longnet.model.slides.segments_for`).
+        dilation_rates: r_i; 1, 2, 4, 8, 16 when None.
+        max_wsi_size: side of the largest slide, in pixels.
+        tile_size: pixels of level 0 of a tile.
+        tail: `"torchscale"`, as the published weights were trained, and the default, or `"exact"`.
+        classifier_layers: of a fine-tuned file, the entries of `layer_embeddings` that its classifier reads.
+
+    Returns:
+        The encoder; with its classifier where the file holds one.
+
+    Raises:
+        ValueError: tensors that are missing, left over, or of the wrong shape, each named; a file that holds no
+            slide encoder.
+        FileNotFoundError: no such file.
+    """
+    replaced: dict[str, Any] = {}
+    if segment_lengths is not None:
+        replaced["segment_lengths"] = tuple(segment_lengths)
+    if dilation_rates is not None:
+        replaced["dilation_rates"] = tuple(dilation_rates)
+    if tail is not None:
+        replaced["tail"] = tail
+    if Path(path).is_dir():
+        config = LongNetSlideConfig.from_pretrained(path)
+        kind = LongNetForSlideClassification if _holds(config, LongNetForSlideClassification) else LongNetSlideModel
+        return kind.from_pretrained(path, **replaced)
+    weights = _read(path)
+    prefix = "slide_encoder." if "slide_encoder.cls_token" in weights else ""
+    embed = _need(weights, f"{prefix}patch_embed.proj.weight", path)
+    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", path)
+    fields: dict[str, Any] = {
+        "feature_size": embed.shape[1],
+        "hidden_size": embed.shape[0],
+        "num_hidden_layers": _depth(weights),
+        "num_attention_heads": num_heads,
+        "intermediate_size": fc1.shape[0],
+        "tile_size": tile_size,
+        "segment_lengths": segments_for(max_wsi_size, tile_size) if segment_lengths is None else segment_lengths,
+        "dilation_rates": _RATES,
+    }
+    weights.pop(f"{prefix}pos_embed", None)  # the table, which a formula gives
+    if not prefix:
+        return _fill(LongNetSlideModel, LongNetSlideConfig(**{**fields, **replaced}), weights, path)
+    head = _need(weights, "classifier.0.weight", path)
+    config = LongNetSlideConfig(
+        **{**fields, **replaced, "classifier_layers": tuple(classifier_layers), "num_labels": head.shape[0]}
+    )
+    return _fill(LongNetForSlideClassification, config, weights, path)
+
+
+def load_longvit(
+    path: str | Path,
+    num_heads: int = 16,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    tail: TailKind | None = None,
+) -> LongNetImageModel | LongNetForImageClassification:
+    """Load torchscale's LongViT, in eval mode; with its classifier where the file holds one.
+
+    Args:
+        path: its checkpoint, or a folder that `save_pretrained` or `longnet convert` wrote.
+        num_heads: query heads.
+        segment_lengths: w_i in patches; those of the image size (`longnet.model.images.SEGMENTS`) when None.
+        dilation_rates: r_i; 1, 2, 4, 8, 16 when None.
+        tail: `"torchscale"`, as the published weights were trained, and the default, or `"exact"`.
+
+    Raises:
+        ValueError: tensors that are missing, left over, or of the wrong shape, each named; an image size whose
+            segments are unknown.
+        FileNotFoundError: no such file.
+    """
+    replaced: dict[str, Any] = {}
+    if segment_lengths is not None:
+        replaced["segment_lengths"] = tuple(segment_lengths)
+    if dilation_rates is not None:
+        replaced["dilation_rates"] = tuple(dilation_rates)
+    if tail is not None:
+        replaced["tail"] = tail
+    if Path(path).is_dir():
+        config = LongNetImageConfig.from_pretrained(path)
+        kind = LongNetForImageClassification if _holds(config, LongNetForImageClassification) else LongNetImageModel
+        return kind.from_pretrained(path, **replaced)
+    weights = {name.removeprefix("module."): weight for name, weight in _read(path).items()}
+    has_head = "head.weight" in weights
+    if has_head and "pos_embed" in weights:
+        weights = {
+            name if name.startswith(("fc_norm.", "head.")) else f"backbone.{name}": weight
+            for name, weight in weights.items()
+        }
+    elif not has_head:
+        weights = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+    prefix = "backbone." if has_head else ""
+    embed = _need(weights, f"{prefix}patch_embed.proj.weight", path)
+    patches = _need(weights, f"{prefix}pos_embed", path).shape[1]
+    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", path)
+    size = math.isqrt(patches) * embed.shape[2]
+    if segment_lengths is None:
+        if size not in SEGMENTS:
+            raise ValueError(
+                f"{path} is for images of {size} pixels, whose segments are unknown (known: {list(SEGMENTS)}): give "
+                "segment_lengths and dilation_rates"
+            )
+        replaced["segment_lengths"] = SEGMENTS[size]
+    fields: dict[str, Any] = {
+        "image_size": size,
+        "patch_size": embed.shape[2],
+        "num_channels": embed.shape[1],
+        "hidden_size": embed.shape[0],
+        "num_hidden_layers": _depth(weights),
+        "num_attention_heads": num_heads,
+        "intermediate_size": fc1.shape[0],
+        "dilation_rates": _RATES,
+        **replaced,
+    }
+    if not has_head:
+        return _fill(LongNetImageModel, LongNetImageConfig(**fields), weights, path)
+    config = LongNetImageConfig(**{**fields, "num_labels": weights["head.weight"].shape[0]})
+    return _fill(LongNetForImageClassification, config, weights, path)
+
+
+def load_torchscale_lm(
+    path: str | Path,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    deepnorm: bool = False,
+    normalize_before: bool | None = None,
+    scale_embedding: bool = False,
+    sinusoidal: bool = False,
+    xpos_scale_base: float = 512.0,
+    pad_token_id: int | None = 1,
+) -> LongNetForCausalLM:
+    """Load a causal language model of torchscale's LongNetDecoder, in eval mode.
+
+    Sub-LayerNorms, xPos, learned positions, tied heads and widths are read off the tensors. Their xPos turns
+    neighbouring components of a head, ours component i with i + D / 2: the rows of q and k are reordered.
+
+    Args:
+        path: .pt, .pth or .safetensors; fairseq's prefix `decoder.` is taken off.
+        num_heads: query heads.
+        segment_lengths: w_i, in tokens.
+        dilation_rates: r_i.
+        deepnorm: DeepNorm; no tensor tells.
+        normalize_before: LayerNorms before the sublayers; unless deepnorm when None, as torchscale's configuration
+            sets it.
+        scale_embedding: embeddings × √C, fairseq's default (`no_scale_embedding` switches it off); no tensor tells.
+        sinusoidal: fairseq's sinusoidal positions, which are not stored.
+        xpos_scale_base: tokens over which xPos decays.
+        pad_token_id: of the vocabulary; fairseq's is 1, and positions are counted from the one after it.
+
+    Raises:
+        ValueError: tensors that are missing, left over, or of the wrong shape, each named.
+        FileNotFoundError: no such file.
+    """
+    weights = {name.removeprefix("decoder."): weight for name, weight in _read(path).items()}
+    embed = _need(weights, "embed_tokens.weight", path)
+    fc1 = _need(weights, "layers.0.ffn.fc1.weight", path)
+    has_xpos = any(name.endswith("xpos.scale") for name in weights)
+    weights = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.endswith(("xpos.scale", "version", "_float_tensor"))
+    }
+    head = weights.get("output_projection.weight")
+    is_tied = head is None or torch.equal(head, embed)
+    if is_tied:
+        weights.pop("output_projection.weight", None)
+    learned = weights.get("embed_positions.weight")
+    first = 0 if pad_token_id is None else pad_token_id + 1
+    longest = max(segment_lengths) if learned is None else learned.shape[0] - first
+    kind: PositionEmbedding = "sinusoidal" if sinusoidal else "none"
+    if has_xpos or learned is not None:
+        kind = "xpos" if has_xpos else "learned"
+    config = LongNetConfig(
+        vocab_size=embed.shape[0],
+        hidden_size=embed.shape[1],
+        num_hidden_layers=_depth(weights),
+        num_attention_heads=num_heads,
+        intermediate_size=fc1.shape[0],
+        max_position_embeddings=longest,
+        segment_lengths=tuple(segment_lengths),
+        dilation_rates=tuple(dilation_rates),
+        head_offsets="block",
+        position_embedding=kind,
+        first_position=first if kind in ("learned", "sinusoidal") else 0,
+        embedding_scale=math.sqrt(embed.shape[1]) if scale_embedding else 1.0,
+        sub_layernorm="layers.0.ffn.ffn_layernorm.weight" in weights,
+        deepnorm=deepnorm,
+        post_layernorm=deepnorm if normalize_before is None else not normalize_before,
+        xpos_scale_base=xpos_scale_base,
+        tie_word_embeddings=is_tied,
+        pad_token_id=pad_token_id,
+    )
+    return _fill(LongNetForCausalLM, config, weights, path)
+
+
+def to_torchscale(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model under torchscale's names, in torchscale's layout; what the loaders read.
+
+    Args:
+        model: one that a loader of this module returned, or of its kind.
+
+    Raises:
+        TypeError: another kind of model.
+    """
+    kind = next((kind for kind in _OF_MODEL if type(model) is kind), None)
+    if kind is None:
+        raise TypeError(
+            f"torchscale has no format for {type(model).__name__}: one of {[kind.__name__ for kind in _OF_MODEL]}"
+        )
+    weights = {}
+    config: Any = model.config
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            weight = model.get_parameter("model.embed_tokens.weight").detach()  # noqa: PLW2901
+        theirs = _renamed(name, [(ours, theirs) for theirs, ours in _OF_MODEL[kind]], [(b, a) for a, b in _OF_LAYER])
+        weights[theirs] = _reordered(theirs, weight, config, back=True)
+    if config.position_embedding == "xpos":
+        half = torch.arange(0, config.head_dim, 2)
+        for layer in range(config.num_hidden_layers):
+            scale = (half + 0.4 * config.head_dim) / (1.4 * config.head_dim)
+            weights[f"layers.{layer}.self_attn.xpos.scale"] = scale
+    return weights
+
+
+def _fill(kind: type[_Model], config: LongNetConfig, weights: dict[str, Tensor], path: str | Path) -> _Model:
+    with torch.device("meta"):  # made without memory, then given the file's tensors
+        model = kind(config)
+    named = {}
+    for name, weight in weights.items():
+        named[_renamed(name, _OF_MODEL[kind], _OF_LAYER)] = (name, _reordered(name, weight, config))
+    wanted = model.state_dict()
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    complaints = [f"missing {name}" for name in wanted if name not in named]
+    complaints += [f"left over {theirs}" for name, (theirs, _) in named.items() if name not in wanted]
+    complaints += [
+        f"{theirs} is {tuple(weight.shape)} where {tuple(wanted[name].shape)} is expected"
+        for name, (theirs, weight) in named.items()
+        if name in wanted and wanted[name].shape != weight.shape
+    ]
+    if complaints:
+        more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        raise ValueError(f"{path} does not fit {kind.__name__}: {'; '.join(complaints[:8])}{more}")
+    model.load_state_dict({name: weight for name, (_, weight) in named.items()}, strict=False, assign=True)
+    for module in model.modules():
+        if isinstance(module, RotaryPositions):
+            module.turn_steps = turn_steps(module.theta, module.head_dim)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.train(mode=False)
+    return model
+
+
+def _renamed(name: str, of_model: Iterable[tuple[str, str]], of_layer: Iterable[tuple[str, str]]) -> str:
+    for before, after in of_model:
+        if name.startswith(before):
+            name = after + name[len(before) :]
+            break
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name
+    inside = layer[3]
+    for before, after in of_layer:
+        if inside.startswith(before):
+            inside = after + inside[len(before) :]
+            break
+    return f"{layer[1]}layers.{layer[2]}.{inside}"
+
+
+def _reordered(name: str, weight: Tensor, config: LongNetConfig, *, back: bool = False) -> Tensor:
+    if config.position_embedding != "xpos" or not re.search(r"self_attn\.[qk]_proj\.", name):
+        return weight
+    half = (config.head_dim or 0) // 2
+    pairs = (2, half) if back else (half, 2)  # (head, pair, 2) ↔ (head, 2, pair)
+    by_head = weight.reshape(-1, *pairs, *weight.shape[1:])
+    return by_head.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _depth(weights: dict[str, Tensor]) -> int:
+    return 1 + max((int(layer[2]) for layer in map(_LAYER.fullmatch, weights) if layer), default=-1)
+
+
+def _need(weights: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
+    if name not in weights:
+        raise ValueError(f"{path} holds no {name}: is it another model's? It begins with {sorted(weights)[:4]}")
+    return weights[name]
+
+
+def _holds(config: LongNetConfig, kind: type[nn.Module]) -> bool:
+    return kind.__name__ in (config.architectures or [])
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # fairseq keeps its arguments beside
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as tensors alone, which is all that is read: {error}") from None
+    for wrapper in ("model", "teacher", "module", "state_dict"):
+        if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
+            held = held[wrapper]
+            break
+    weights = (
+        {name: value for name, value in held.items() if isinstance(value, Tensor)} if isinstance(held, dict) else {}
+    )
+    if not weights:
+        raise ValueError(f"{path} holds no tensors by name")
+    return weights
