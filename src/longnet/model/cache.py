@@ -89,23 +89,45 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
                 "a DilatedCache got keys that no attention read: it serves attn_implementation='dilated' alone, see "
                 "longnet.use_dilated_attention"
             )
-        if self.state is None:
-            self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
         keys = key_states.as_subclass(StreamedKeys)
         keys.layer = self
         return keys, value_states
 
-    def attend(self, query: Tensor, *, scale: float | None, bounds: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        pattern: DilationPattern,
+        *,
+        scale: float | None,
+        bounds: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attend with queries (B, H, T, D) to what `update` was given and to the past; return (B, H, T, D).
+
+        Args:
+            query: (B, H, T, D).
+            pattern: that of the layer, for the heads at hand.
+            scale: factor on q·k.
+            bounds: (n, 3), the real tokens among the T.
+            sinks: (H,) or (B, H, T).
 
         Raises:
             ValueError: tensors that do not fit the state, or padding between the tokens of a row.
         """
-        if self.state is None or self._new is None:
+        if self._new is None:
             raise ValueError("a DilatedCache attends to what update() was given: call that first")
         (key, value), self._new = self._new, None
-        out = self.state.attend(query, key, value, scale=scale, bounds=bounds)
+        state = self.state
+        if state is None:
+            self.pattern = pattern
+            state = self.lazy_initialization(key, value)
+        elif pattern != self.pattern:
+            raise ValueError(
+                f"this DilatedCache holds rows of heads {self.pattern.head_shard}, the model asks for those of heads "
+                f"{pattern.head_shard} (first, of how many): make a new one, without batch_size"
+            )
+        out = state.attend(query, key, value, scale=scale, bounds=bounds, sinks=sinks)
         self.columns += query.shape[2]
         return out
 

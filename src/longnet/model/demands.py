@@ -57,6 +57,14 @@ class Call:
         return cast("PreTrainedConfig", self.module.config)
 
     @property
+    def sinks(self) -> Tensor | None:
+        """(H,) or (B, H, Tq) logits of one more key of value 0, by the names that models give them."""
+        sinks: Tensor | None = self.kwargs.get("s_aux")
+        if sinks is None:
+            sinks = self.kwargs.get("sinks")
+        return sinks.squeeze(-1) if sinks is not None and sinks.ndim == 4 else sinks
+
+    @property
     def tokens(self) -> int:
         """Valid keys, those that a DilatedCache does not hand out included."""
         return self.key.shape[2] if self.visible is None else self.visible.tokens
@@ -85,7 +93,7 @@ class Demand(NamedTuple):
 # What each implementation can do beyond attending within one row of real tokens, or several packed, behind a mask or
 # a cache that keeps all keys.
 HONOURED: dict[Implementation, frozenset[str]] = {
-    "dilated": frozenset({"a DilatedCache", "a slice of a sequence", "no causality"}),
+    "dilated": frozenset({"a DilatedCache", "a slice of a sequence", "no causality", "sinks"}),
     "sparse_fixed": frozenset(),
 }
 
@@ -115,6 +123,13 @@ def _keyword(what: str, names: tuple[str, ...], reason: str) -> Demand:
         return None
 
     return Demand(what, refusal_of)
+
+
+def _sinks_of_other_heads(call: Call) -> str | None:
+    sinks, shape = call.sinks, call.query.shape
+    if sinks is None or sinks.shape in (shape[1:2], shape[:3]):
+        return None
+    return f"attention sinks {tuple(sinks.shape)} do not fit {shape[1]} heads and {shape[2]} queries"
 
 
 def _dense_mask(call: Call) -> str | None:
@@ -258,7 +273,10 @@ _DEMANDS = (
         "soft-capped logits", ("softcap",),
         "soft-capped logits cannot be honoured (attn_logit_softcapping=None in the config switches them off)",
     ),
-    _keyword("sinks", ("s_aux", "sinks"), "attention sinks (s_aux) cannot be honoured"),
+    _keyword(
+        "sinks", ("s_aux", "sinks"), "attention sinks (s_aux) cannot be honoured: use attn_implementation=\"dilated\""
+    ),
+    Demand("sinks of other heads", _sinks_of_other_heads),
     _keyword(
         "a position bias", ("position_bias",),
         "an additive position bias cannot be honoured: choose a model with rotary or absolute positions",

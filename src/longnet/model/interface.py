@@ -25,6 +25,7 @@ from longnet.model.demands import Call, bounds_read, refusal
 from longnet.model.documents import read_by
 from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
 from longnet.model.sequence_parallel import current_group
+from longnet.model.tensor_parallel import pattern_of_rank
 from longnet.model.versions import as_mask_function
 from longnet.model.visibility import Visible, visible_slice, visible_tokens
 
@@ -49,8 +50,7 @@ def dilated_attention_forward(
         attention_mask: what `visible_tokens` returned.
         scaling: factor on q·k.
         dropout: only 0.
-        kwargs: what the model passes on; `cu_seq_lens_q` and `is_causal` are honoured, what would change the result is
-            refused.
+        kwargs: what the model passes on; `longnet.model.demands` says what of it is honoured, and what is refused.
 
     Returns:
         out (B, Tq, H, D), and None for the attention weights.
@@ -68,18 +68,22 @@ def dilated_attention_forward(
     else:
         pattern = pattern_of(config, layer)
 
+    pattern = pattern_of_rank(pattern, module, num_heads=query.shape[1], num_kv_heads=key.shape[1])
+    call = Call("dilated", module, query, key, value, attention_mask, dropout, kwargs)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
+        sinks = call.sinks
         if isinstance(key, StreamedKeys):
-            return key.layer.attend(q, scale=scaling, bounds=bounds)
+            return key.layer.attend(q, pattern, scale=scaling, bounds=bounds, sinks=sinks)
         if isinstance(attention_mask, Visible) and attention_mask.slices is not None:
             slices = attention_mask.slices
             slices = slices if bounds is None else replace(slices, bounds=bounds)
             q, k, v = cast_under_autocast(q, k, v)
             scale = q.shape[3] ** -0.5 if scaling is None else scaling
-            return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale)[0]
-        return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling)[0]
+            return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks)[0]
+        return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling, sinks=sinks)[0]
 
-    return _attend(Call("dilated", module, query, key, value, attention_mask, dropout, kwargs), attend)
+    return _attend(call, attend)
 
 
 def sparse_fixed_attention_forward(
