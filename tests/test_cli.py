@@ -108,6 +108,10 @@ def test_ctrl_c_is_one_line_and_status_130(when, tmp_path):
     [
         ("evaluate M D --contexts 64,2K --tokens 9", "evaluate M D --contexts 64 2048 --tokens 9"),
         ("evaluate M D --contexts=64,256", "evaluate M D --contexts 64 256"),
+        (
+            "recall R -o O --recall.systems sdpa,window 64:1,512:8;all",
+            "recall R -o O --recall.systems sdpa window 64:1,512:8;all",
+        ),
         ("evaluate M D --contexts 64 256 --report a,b", "evaluate M D --contexts 64 256 --report a,b"),
         ("train demo --optim.betas 0.9,0.95 -o a,b", "train demo --optim.betas 0.9 0.95 -o a,b"),
         ("train demo --evaluate.contexts 64, 1k", "train demo --evaluate.contexts 64 1024"),

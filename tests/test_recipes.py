@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from corpora import write_words
 from longnet.cli.main import main
 from longnet.cli.recipe import find_recipe, load_recipe, recipes
+from longnet.comparison.config import ComparisonRecipe
 from longnet.comparison.recall import RecallRecipe
+from longnet.data.shards import TokenData
 from longnet.model.cost import attention_flops
 
 RECALL = [name for name in recipes() if name.startswith("recall-")]  # without data, for `longnet recall`
@@ -37,6 +40,24 @@ def test_a_recipe_is_read_whole(name, monkeypatch, capsys, tmp_path):
     assert "dilated" in printed
     assert "a token in training" in printed
     assert "longnet prepare" in find_recipe(Path(name)).read_text()
+
+
+def test_table_2_against_a_window_has_what_the_small_one_lacks(tmp_path):
+    recipe = load_recipe(
+        Path("table2-window"), ["--data.path", str(write_words(tmp_path / "data"))], kind=ComparisonRecipe
+    )
+    data = TokenData.open(recipe.data.path)
+    assert recipe.step_tokens >= 16_384
+    assert recipe.step_tokens * recipe.train.steps >= 15_000_000
+    shares = {}
+    for cell in recipe.all_cells:
+        config = recipe.for_cell(cell, data).model_config(data)
+        assert max(config.dilation_rates) <= config.num_attention_heads
+        shares[cell.attention, cell.length] = attention_flops(config, tokens=cell.length)
+    for (attention, length), flops in shares.items():
+        wanted = {1024: 0.25, 4096: 0.16}[length] * shares["sdpa", length]
+        if attention != "sdpa":
+            assert flops == pytest.approx(wanted, rel=0.05 if ":" not in attention else 0.3), (attention, length)
 
 
 @pytest.mark.parametrize("name", RECALL)

@@ -37,6 +37,7 @@ _COLOURS = {
     "dilated": "#0f4c75",
     "sdpa": "#c4631c",
     "sparse_fixed": "#8a9a2b",
+    "window": "#b04a7a",
     "other": "#7a5ea8",
 }
 _FONT = 11.5  # points of an SVG, which are a page's pixels where it is shown at its own size

@@ -145,6 +145,7 @@ def test_the_report_says_what_the_results_say(outcome, killed):
     dense, dilated = outcome.results[1], outcome.results[3]
     step = paired_difference(dilated.at(64), dense.at(64))
     assert f"Trained at 64 and scored at 64, LongNet's loss against the Transformer's: {with_error(step)}" in page
+    assert text.split("\n\n")[1].startswith("**Lowest perplexity at each context: 32: ")
     for word in ("Table 2", "Figure 6", "Figure 7b", "What this cannot show", "One seed (0)", "[optim]", "lr = 0.003"):
         assert word in page
 

@@ -3,11 +3,14 @@ import dataclasses
 import pytest
 
 from longnet import LongNetConfig
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.cli.recipe import load_recipe
 from longnet.comparison.config import Cell, CompareConfig, ComparisonRecipe
+from longnet.comparison.recall import RecallConfig
 from longnet.comparison.systems import matching_pattern
 from longnet.data.shards import TokenData
+from longnet.model.cost import attention_flops
 from longnet.model.patterns import sparse_pattern_of
 from longnet.training.config import DataConfig, TrainConfig
 
@@ -53,6 +56,33 @@ def test_the_fixed_pattern_of_the_papers_sizes_is_the_papers():
     for tokens in (8192, 16384, 32768):
         found = matching_pattern(config, tokens, None)
         assert found == SparseFixedPattern.matching(config.pattern, tokens=tokens, num_kv_heads=12)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 2048])
+def test_the_window_costs_what_the_dilated_pattern_does_and_a_pattern_is_a_system(recipe_file, data_folder, tokens):
+    systems = ["window", "16:1,64:4;all", "dilated"]
+    overrides = ["--compare.attentions", *systems, "--compare.lengths", str(tokens), "--train.batch_sequences", "32"]
+    recipe, data = load(recipe_file, *overrides), TokenData.open(data_folder)
+    assert [cell.name for cell in recipe.all_cells] == [
+        f"{name}-{tokens}" for name in ("window", "16x1_64x4-all", "dilated")
+    ]
+    window, chosen, dilated = (recipe.for_cell(cell, data).model_config(data) for cell in recipe.all_cells)
+    assert len(window.segment_lengths) == 1
+    assert window.dilation_rates == (1,)
+    assert attention_flops(window, tokens=tokens) == pytest.approx(attention_flops(dilated, tokens=tokens), rel=0.05)
+    for size in (window.segment_lengths[0] - 1, window.segment_lengths[0] + 1):  # none comes nearer
+        other = DilationPattern((size,), (1,)).flops(tokens=tokens, num_heads=2, head_dim=8, is_causal=True)
+        wanted = attention_flops(dilated, tokens=tokens)
+        assert abs(other - wanted) >= abs(attention_flops(window, tokens=tokens) - wanted)
+    assert str(chosen.pattern) == "16:1,64:4;all"
+    assert str(dilated.pattern) == "16:1,64:4"
+
+
+def test_a_system_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"compare.attentions must be 'sdpa', 'window', .*, got 'sdpq'"):
+        CompareConfig(attentions=("sdpq",))
+    with pytest.raises(ValueError, match="got '64:1,64:1': a branch is given twice"):
+        RecallConfig(systems=("64:1,64:1",))
 
 
 def test_cells_can_be_chosen(recipe_file):

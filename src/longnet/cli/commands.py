@@ -46,7 +46,7 @@ COMMANDS = {
     "generate": Command("generate:generate", "Continue a text.", "generate runs/mine --prompt 'def '"),
     "compare": Command(
         "compare:app",
-        "Train one model with three attentions; report the paper's Table 2.",
+        "Train one model with several attentions; report the paper's Table 2.",
         "compare table2-tiny -o runs/table2-tiny",
     ),
     "recall": Command(

@@ -1,4 +1,4 @@
-"""`longnet compare`: one model with three attentions at several training lengths."""
+"""`longnet compare`: one model with several attentions at several training lengths."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import cyclopts
 
 LIST = cyclopts.Parameter(consume_multiple=True, negative=())  # an option that takes several values
+_PART = re.compile(r"\d+:\d+(?:,\d+:\d+)*[^,]*|[^,]+")  # the commas of a pattern, 64:1,512:8, are its own
 
 
 def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
@@ -37,7 +38,7 @@ def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
         else:
             values = [word]
         for text in values:
-            parts = [text] if current is None else [part for part in text.split(",") if part]
+            parts = [text] if current is None else _PART.findall(text)
             spread += [_plain(part) if lists.get(current or "") else part for part in parts]
     return spread
 

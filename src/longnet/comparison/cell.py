@@ -33,7 +33,7 @@ class CellResult:
     """What a cell came to.
 
     Attributes:
-        attention: its attention.
+        attention: its system.
         length: its training length.
         pattern: of the attention, in words.
         batch_sequences: sequences of a step.
@@ -72,7 +72,7 @@ class CellResult:
     @property
     def cell(self) -> Cell:
         """Which cell this is."""
-        return Cell(self.attention, self.length)  # type: ignore[arg-type]
+        return Cell(self.attention, self.length)
 
     @property
     def total_flops(self) -> int:
@@ -145,7 +145,7 @@ def _finish(
     device: torch.device,
 ) -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=cell.attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=settings.model.attention)
     model.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.train.dtype == "bfloat16"):
         contexts = evaluate_contexts(
@@ -163,7 +163,7 @@ def _finish(
     CellResult(
         attention=cell.attention,
         length=cell.length,
-        pattern=describe_pattern(model.config, cell.attention),
+        pattern=describe_pattern(model.config, settings.model.attention),
         batch_sequences=settings.train.batch_sequences,
         accumulate=settings.train.accumulate,
         steps=settings.train.steps,

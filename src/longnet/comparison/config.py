@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from longnet.comparison.systems import SYSTEMS, matching_pattern
+from longnet.comparison.systems import check_systems, fields_of, name_of, title_of
 from longnet.plots import name_length
-from longnet.training.config import Attention, Recipe, Tables
+from longnet.training.config import Recipe, Tables
 
 if TYPE_CHECKING:
     from longnet.data.shards import TokenData
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class CompareConfig:
     """The recipe's table `[compare]`: what `longnet compare` trains and evaluates."""
 
-    attentions: tuple[Attention, ...] = ("sdpa", "sparse_fixed", "dilated")
-    """Systems: "sdpa" is the Transformer, "sparse_fixed" the Sparse Transformer, "dilated" LongNet."""
+    attentions: tuple[str, ...] = ("sdpa", "window", "sparse_fixed", "dilated")
+    """Systems: "sdpa" is the Transformer, "dilated" LongNet with [model]'s pattern, "window" blocks alone and
+    "sparse_fixed" the Sparse Transformer, both at that pattern's cost; "64:1,1024:8;all" is LongNet with a pattern of
+    its own."""
 
     lengths: tuple[int, ...] = (512, 2048)
     """Training lengths, in tokens. A step holds train.batch_sequences × train.tokens tokens at each of them."""
@@ -39,10 +41,9 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        for name in ("attentions", "lengths"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"compare.{name} must be different values, at least one, got {list(values)}")
+        check_systems(self.attentions, "compare.attentions")
+        if not self.lengths or len(set(self.lengths)) != len(self.lengths):
+            raise ValueError(f"compare.lengths must be different values, at least one, got {list(self.lengths)}")
         if min((*self.lengths, *self.contexts)) < 1:
             raise ValueError(
                 f"compare.lengths and compare.contexts must be 1 or more, got {self.lengths, self.contexts}"
@@ -54,18 +55,18 @@ class CompareConfig:
 class Cell(NamedTuple):
     """One entry of the comparison."""
 
-    attention: Attention
+    attention: str
     length: int
 
     @property
     def name(self) -> str:
         """As in `compare.cells`, and of its folder."""
-        return f"{self.attention}-{self.length}"
+        return f"{name_of(self.attention)}-{self.length}"
 
     @property
     def title(self) -> str:
         """For people: "LongNet, 2K"."""
-        return f"{SYSTEMS[self.attention]}, {name_length(self.length)}"
+        return f"{title_of(self.attention)}, {name_length(self.length)}"
 
 
 @dataclass(kw_only=True)
@@ -119,16 +120,16 @@ class ComparisonRecipe(Recipe):
             self.train, tokens=cell.length, batch_sequences=sequences, accumulate=sequences // part
         )
         # The longest of all lengths, so that xPos places its scales alike in every cell.
-        fields: dict[str, Any] = {"attention": cell.attention}
+        fields: dict[str, Any] = {"attention": "dilated"}
         if getattr(self.model, "max_position_embeddings") is None:  # noqa: B009  # the fields are LongNetConfig's
             fields["max_position_embeddings"] = max(*self.compare.lengths, *self.scored_contexts)
         model = dataclasses.replace(self.model, **fields)
-        if cell.attention == "sparse_fixed" and getattr(model, "sparse_block") is None:  # noqa: B009
-            dilated = dataclasses.replace(model, attention="dilated")
-            config = Recipe(data=self.data, model=dilated).model_config(data)
-            sparse = matching_pattern(config, cell.length, self.compare.sparse_block)
-            fields = {"sparse_block": sparse.block, "sparse_summary": sparse.summary, "sparse_stride": sparse.stride}
-            model = dataclasses.replace(model, **fields)
+        if cell.attention == "sparse_fixed" and getattr(model, "sparse_block") is not None:  # noqa: B009
+            fields = {"attention": "sparse_fixed"}
+        else:
+            config = Recipe(data=self.data, model=model).model_config(data)
+            fields = fields_of(cell.attention, config, tokens=cell.length, sparse_block=self.compare.sparse_block)
+        model = dataclasses.replace(model, **fields)
         # The comparison evaluates each cell at its end; training's own last evaluation is one window here.
         evaluate = dataclasses.replace(self.evaluate, contexts=self.scored_contexts[:1], tokens=1)
         if self.evaluate.every:

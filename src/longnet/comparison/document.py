@@ -171,10 +171,12 @@ _PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: #1d2428; --paper: #fff; --faint: #5d6a72; --line: #d8dfe2; --back: #f4f6f7;
-  --dilated: #0f4c75; --sdpa: #c4631c; --sparse-fixed: #8a9a2b; --other: #7a5ea8; }}
+  --dilated: #0f4c75; --sdpa: #c4631c; --sparse-fixed: #8a9a2b; --window: #b04a7a;
+  --other: #7a5ea8; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #dfe6e9; --paper: #14191c; --faint: #9fadb4; --line: #333d42; --back: #1d2428;
-    --dilated: #5aa9e6; --sdpa: #ffb37a; --sparse-fixed: #e2ee9a; --other: #b9a3e3; }}
+    --dilated: #5aa9e6; --sdpa: #ffb37a; --sparse-fixed: #e2ee9a; --window: #f0a0c8;
+    --other: #b9a3e3; }}
 }}
 body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from longnet.comparison.cell import CellResult
-from longnet.comparison.systems import SYSTEMS
+from longnet.comparison.systems import kind_of, order_of, title_of
 from longnet.evaluation.perplexity import Difference, paired_difference
 from longnet.evaluation.record import judge, successive, with_error
 from longnet.plots import name_length
@@ -14,20 +14,27 @@ from longnet.plots import name_length
 _PAPER_TOKENS = 300_000 * 500_000  # arXiv:2307.02486 §4.1: 300K steps of 0.5M tokens
 
 
-def describe_headline(results: Sequence[CellResult]) -> str:
-    """Say in one sentence how the systems fare at the longest length that LongNet was trained at."""
-    longest = max((result.length for result in results if result.attention == "dilated"), default=0)
-    same = [result for result in results if result.length == longest] or list(results)
-    context = _own_context(same[0])
-    parts = []
-    for result in same:
-        flops = result.flops["counted"] / same[0].flops["counted"]
-        share = "" if result is same[0] else f" at {flops:.2f} × the FLOPs"
-        parts.append(f"{SYSTEMS[result.attention]} {result.at(context).perplexity:.1f}{share}")
-    return (
-        f"Perplexity, trained at {name_length(same[0].length)} and scored at {name_length(context)}: "
-        f"{'; '.join(parts)}."
-    )
+def describe_headline(cells: Sequence[tuple[str, int, Mapping[int, float]]]) -> str:
+    """Say which cell has the lowest perplexity at each context, and how near LongNet comes where it is another's.
+
+    Args:
+        cells: system, training length, and perplexity by context, of each cell.
+    """
+    said = []
+    for context in sorted({context for _, _, scores in cells for context in scores}):
+        ranked = sorted(cells, key=lambda cell: cell[2][context])
+        best = ranked[0]
+        words = f"{name_length(context)}: {_trained(best, context)}"
+        own = next((cell for cell in ranked if kind_of(cell[0]) == "dilated"), best)
+        if kind_of(best[0]) != "dilated" and own is not best:
+            words += f" (best LongNet: {_trained(own, context)})"
+        said.append(words)
+    return f"Lowest perplexity at each context: {'; '.join(said)}."
+
+
+def _trained(cell: tuple[str, int, Mapping[int, float]], context: int) -> str:
+    system, length, scores = cell
+    return f"{scores[context]:.1f}, {title_of(system)} trained at {name_length(length)}"
 
 
 def describe_contexts(results: Sequence[CellResult]) -> list[str]:
@@ -47,7 +54,8 @@ def describe_contexts(results: Sequence[CellResult]) -> list[str]:
 def describe_use_of_context(results: Sequence[CellResult]) -> list[str]:
     """Say for which systems more context, as far as it was trained, lowers the loss."""
     said = []
-    for attention, title in SYSTEMS.items():
+    for attention in _systems(results):
+        title = title_of(attention)
         steps = [
             (result, judge(step))
             for result in results
@@ -70,18 +78,18 @@ def describe_systems(results: Sequence[CellResult]) -> list[str]:
     """Compare LongNet with the others at each length that both were trained at, on the same windows."""
     said = []
     for result in results:
-        if result.attention != "dilated":
+        if kind_of(result.attention) != "dilated":
             continue
         for other in results:
-            if other.attention == "dilated" or other.length != result.length:
+            if kind_of(other.attention) == "dilated" or other.length != result.length:
                 continue
             context = _own_context(result)
             step = paired_difference(result.at(context), other.at(context))
             flops = result.flops["counted"] / other.flops["counted"]
             said.append(
-                f"Trained at {name_length(result.length)} and scored at {name_length(context)}, LongNet's loss against "
-                f"the {SYSTEMS[other.attention]}'s: {with_error(step)} nats per token, {_in_words(step)}, at "
-                f"{flops:.3f} × its FLOPs."
+                f"Trained at {name_length(result.length)} and scored at {name_length(context)}, "
+                f"{title_of(result.attention)}'s loss against the {title_of(other.attention)}'s: {with_error(step)} "
+                f"nats per token, {_in_words(step)}, at {flops:.3f} × its FLOPs."
             )
     return said
 
@@ -89,7 +97,8 @@ def describe_systems(results: Sequence[CellResult]) -> list[str]:
 def describe_lengths(results: Sequence[CellResult], contexts: Sequence[int]) -> list[str]:
     """Say whether training at a longer length pays at the longest context, system by system."""
     said, longest = [], contexts[-1]
-    for attention, title in SYSTEMS.items():
+    for attention in _systems(results):
+        title = title_of(attention)
         own = sorted((result for result in results if result.attention == attention), key=lambda result: result.length)
         for short, long in itertools.pairwise(own):
             step = paired_difference(long.at(longest), short.at(longest))
@@ -135,6 +144,11 @@ def describe_run_limits(*, tokens: int, parameters: int, longest: int) -> list[s
         "One run, one seed: the standard errors are over windows of validation text and say nothing of how much "
         "another seed would change.",
     ]
+
+
+def _systems(results: Sequence[CellResult]) -> list[str]:
+    """Return the systems there are, in the order of SYSTEMS."""
+    return sorted({result.attention for result in results}, key=order_of)
 
 
 def _own_context(result: CellResult) -> int:

@@ -49,7 +49,7 @@ class Stop:
 
 
 def _run(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:
-    os.setsid()  # Ctrl-C reaches the parent, which tells this process once
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent, which tells this process once; the session, and its priority, is one
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

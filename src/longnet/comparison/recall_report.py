@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longnet.comparison.document import Code, Document, Heading, Picture, Points, Table, Text, write_text
+from longnet.comparison.document import Code, Document, Heading, Headline, Picture, Points, Table, Text, write_text
 from longnet.comparison.recall import RecallCellResult, RecallOutcome
 from longnet.comparison.systems import kind_of, order_of, title_of
 from longnet.evaluation.recall import RecallResult, RecallTask
@@ -57,7 +57,7 @@ def write_recall_report(outcome: RecallOutcome, output: Path) -> Path:
     document = Document(f"What is recalled over {task.tokens:,} tokens, by distance and attention")
     systems = gather_systems(outcome)
     if systems:
-        document.add(Text(describe_headline(systems, task)))
+        document.add(Headline(describe_headline(systems, task)))
         _describe(document, systems, outcome, output / "figures")
     else:
         document.add(Text("No cell is finished."))
@@ -78,7 +78,7 @@ def gather_systems(outcome: RecallOutcome) -> list[SystemRecall]:
     dense = next((cells[0].attention_flops for name, cells in own.items() if name == "sdpa" and cells), None)
     return [
         SystemRecall(name, own[name], None if dense is None else own[name][0].attention_flops / dense)
-        for name in sorted(names, key=lambda name: order_of(name, names))
+        for name in sorted(names, key=order_of)
         if own[name]
     ]
 
@@ -218,6 +218,10 @@ def _largest_rate(systems: Sequence[SystemRecall]) -> int:
     return max(rates)
 
 
+def _label(one: SystemRecall) -> str:
+    return title_of(one.system).removeprefix("LongNet ")
+
+
 def _styles(systems: Sequence[SystemRecall]) -> list[int]:
     kinds = [kind_of(one.system) for one in systems]
     return [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
@@ -225,10 +229,10 @@ def _styles(systems: Sequence[SystemRecall]) -> list[int]:
 
 def _draw_distances(systems: Sequence[SystemRecall], task: RecallTask, pairs: int, figures: Path) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
-    path = figures / f"distance-{pairs}.png"
+    path = figures / f"distance-{pairs}.svg"
     places = [(low * high) ** 0.5 for low, high in task.buckets]
     draw_curves(
-        [Curve(title_of(one.system), places, one.accuracies(task, pairs), kind=kind_of(one.system), style=style)
+        [Curve(_label(one), places, one.accuracies(task, pairs), kind=kind_of(one.system), style=style)
          for one, style in zip(systems, _styles(systems), strict=True)],
         path, x="distance (tokens, middle of the bucket)", y="right answers", scale="log",
     )  # fmt: skip
@@ -238,9 +242,9 @@ def _draw_distances(systems: Sequence[SystemRecall], task: RecallTask, pairs: in
 def _draw_rests(
     systems: Sequence[SystemRecall], task: RecallTask, pairs: int, low: int, modulus: int, figures: Path
 ) -> Path:
-    path = figures / "modulo.png"
+    path = figures / "modulo.svg"
     draw_curves(
-        [Curve(title_of(one.system), range(modulus), _rests(one.result(pairs), task, low, modulus),
+        [Curve(_label(one), range(modulus), _rests(one.result(pairs), task, low, modulus),
                kind=kind_of(one.system), style=style)
          for one, style in zip(systems, _styles(systems), strict=True)],
         path, x=f"distance modulo {modulus}", y="right answers", scale="linear",
@@ -249,13 +253,13 @@ def _draw_rests(
 
 
 def _draw_losses(systems: Sequence[SystemRecall], figures: Path) -> Path:
-    path = figures / "training.png"
+    path = figures / "training.svg"
     curves = []
     for one, style in zip(systems, _styles(systems), strict=True):
         steps = [step for step, _ in one.cells[0].losses]
         lines = zip(*(cell.losses for cell in one.cells), strict=True)
         losses = [statistics.fmean(loss for _, loss in line) for line in lines]
-        curves.append(Curve(title_of(one.system), steps, losses, kind=kind_of(one.system), style=style))
+        curves.append(Curve(_label(one), steps, losses, kind=kind_of(one.system), style=style))
     draw_curves(curves, path, x="steps", y="training loss (nats an answer)", scale="linear")
     return path
 

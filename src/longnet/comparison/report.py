@@ -17,7 +17,7 @@ from longnet.comparison.findings import (
     describe_systems,
     describe_use_of_context,
 )
-from longnet.comparison.systems import SYSTEMS
+from longnet.comparison.systems import kind_of, order_of, title_of
 from longnet.comparison.timing import Timing
 from longnet.evaluation.perplexity import paired_difference
 from longnet.evaluation.record import position_curve
@@ -28,8 +28,8 @@ from longnet.training.config import to_toml
 
 def write_report(outcome: Outcome, output: Path) -> Path:
     """Write OUT/report.md, its pictures in OUT/figures, and OUT/report.html, which needs nothing else; return that."""
-    document = Document("The same model with three attentions, by training length and context")
-    results = sorted(outcome.results, key=lambda result: (list(SYSTEMS).index(result.attention), result.length))
+    document = Document("The same model with several attentions, by training length and context")
+    results = sorted(outcome.results, key=lambda result: (order_of(result.attention), result.length))
     if results:
         _describe(document, results, outcome.timing, output / "figures")
     else:
@@ -47,8 +47,12 @@ def write_report(outcome: Outcome, output: Path) -> Path:
 def _describe(document: Document, results: Sequence[CellResult], timing: Timing | None, figures: Path) -> None:
     first = results[0]
     contexts = [part.context for part in first.contexts]
+    scores = [
+        (result.attention, result.length, {part.context: part.perplexity for part in result.contexts})
+        for result in results
+    ]
     document.add(
-        Headline(describe_headline(results)),
+        Headline(describe_headline(scores)),
         Text(
             f"Each cell trains the same model of {first.parameters['total']:,} parameters "
             f"({first.parameters['embedding']:,} of them embeddings) on {first.tokens:,} tokens, "
@@ -78,7 +82,7 @@ def _perplexities(results: Sequence[CellResult], contexts: Sequence[int]) -> Tab
             mark = "*" if part.context > result.length else ""
             error = "" if part.standard_error is None else f" ± {part.perplexity * part.standard_error:.3f}"
             cells.append(f"{part.perplexity:.3f}{error}{mark}")
-        rows.append([SYSTEMS[result.attention], name_length(result.length), str(result.batch_sequences), *cells])
+        rows.append([title_of(result.attention), name_length(result.length), str(result.batch_sequences), *cells])
     return Table(["system", "training length", "batch", *map(name_length, contexts)], rows)
 
 
@@ -94,17 +98,17 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
 
     systems = {
         attention: [result for result in results if result.attention == attention]
-        for attention in SYSTEMS
-        if any(result.attention == attention for result in results)
+        for attention in dict.fromkeys(result.attention for result in results)
     }
     paths = {name: figures / f"{name}.svg" for name in ("flops", "context", "difference", "training", "position")}
     draw_curves(
-        [Curve(SYSTEMS[kind], [result.total_flops for result in own], [at_own_length(result) for result in own],
-               kind=kind, names=[name_length(result.length) for result in own]) for kind, own in systems.items()],
+        [Curve(title_of(name), [result.total_flops for result in own], [at_own_length(result) for result in own],
+               kind=kind_of(name), names=[name_length(result.length) for result in own])
+         for name, own in systems.items()],
         paths["flops"], x="FLOPs of the whole training", y="perplexity at the training length", scale="log",
     )  # fmt: skip
     draw_curves(
-        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, result.attention,
+        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, kind_of(result.attention),
                style[result.length])
          for result in results],
         paths["context"], x="context length (tokens)", y="loss (nats per token)",
@@ -113,7 +117,7 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         (result, other)
         for result in results
         for other in results
-        if result.attention == "dilated" != other.attention and result.length == other.length
+        if kind_of(result.attention) == "dilated" != kind_of(other.attention) and result.length == other.length
     ]
     if pairs:
         _draw_differences(pairs, contexts, style, paths["difference"])
@@ -121,11 +125,11 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         del paths["difference"]
     draw_curves(
         [Curve(result.cell.title, [tokens for tokens, _ in result.losses], [loss for _, loss in result.losses],
-               kind=result.attention, style=style[result.length]) for result in results],
+               kind=kind_of(result.attention), style=style[result.length]) for result in results],
         paths["training"], x="tokens trained on", y="training loss (nats per token)", scale="linear",
     )  # fmt: skip
     draw_curves(
-        [replace(position_curve(result.at(longest), result.cell.title, result.attention, style[result.length]),
+        [replace(position_curve(result.at(longest), result.cell.title, kind_of(result.attention), style[result.length]),
                  error=None) for result in results],
         paths["position"], x="position in the window (tokens)", y="loss (nats per token)",
     )  # fmt: skip
@@ -150,9 +154,9 @@ def _draw_differences(
     curves = []
     for ours, other in pairs:
         steps = [paired_difference(ours.at(context), other.at(context)) for context in contexts]
-        label = f"{SYSTEMS[other.attention].partition(' ')[0]}, {name_length(other.length)}"
+        label = f"{title_of(other.attention).partition(' ')[0]}, {name_length(other.length)}"
         losses, errors = [step.mean for step in steps], [step.standard_error for step in steps]
-        curves.append(Curve(label, contexts, losses, errors, other.attention, style[other.length]))
+        curves.append(Curve(label, contexts, losses, errors, kind_of(other.attention), style[other.length]))
     draw_curves(
         curves, path, x="context length (tokens)", y="LongNet less the other (nats per token)", zero="no difference"
     )
@@ -180,7 +184,7 @@ def _costs(results: Sequence[CellResult], timing: Timing | None) -> Table:
             row += [f"{timing.median(result.cell.name):.3f}", f"{share:.3f}"]
         rows.append(row)
     if timing is not None:
-        head += ["seconds a step, in turn", f"ratio to {SYSTEMS[results[0].attention]}"]
+        head += ["seconds a step, in turn", f"ratio to {title_of(results[0].attention)}"]
     return Table(head, rows)
 
 

@@ -56,9 +56,9 @@ def kind_of(system: str) -> str:
     return system if system in SYSTEMS else "dilated"
 
 
-def order_of(system: str, systems: Sequence[str]) -> tuple[int, int]:
-    """Return a key that sorts systems as SYSTEMS does, LongNets in the order of `systems`."""
-    return list(SYSTEMS).index(kind_of(system)), list(systems).index(system)
+def order_of(system: str) -> tuple[int, str]:
+    """Return a key that sorts systems as SYSTEMS does, LongNets by their patterns."""
+    return list(SYSTEMS).index(kind_of(system)), system
 
 
 def fields_of(system: str, config: LongNetConfig, *, tokens: int, sparse_block: int | None = None) -> dict[str, Any]:

@@ -18,12 +18,16 @@ from longnet.comparison.document import write_text
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.measurement import find_device, interleaved, provenance
-from longnet.model import LongNetForCausalLM
+from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.versions import checkpoint_layers
 from longnet.training.loop import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 
 TIMING = "timing.json"
+# What of a configuration differs between cells.
+_ATTENTION = (
+    "segment_lengths", "dilation_rates", "head_offsets", "queries", "sparse_block", "sparse_summary", "sparse_stride",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,10 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
     if recipe.train.checkpoint_activations:
         checkpoint_layers(model)
 
-    def step(cell: Cell, input_ids: Tensor, targets: Tensor, sparse: tuple[int | None, ...], parts: int) -> None:
-        model.set_attn_implementation(cell.attention)
-        model.config.sparse_block, model.config.sparse_summary, model.config.sparse_stride = sparse
+    def step(config: LongNetConfig, input_ids: Tensor, targets: Tensor, parts: int) -> None:
+        model.set_attn_implementation(config._attn_implementation)
+        for name in _ATTENTION:
+            setattr(model.config, name, getattr(config, name))
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.train.dtype == "bfloat16")
         accumulate_gradients(model, input_ids, targets, parts=parts, autocast=autocast)
         update(optimizer, lr=1e-6, clip=recipe.optim.clip, norm=gradient_norm(model))
@@ -69,8 +74,7 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
         windows = Windows(data.train, cell.length, seed=settings.train.seed)
         input_ids, targets = (part.to(device) for part in windows.batch(0, settings.train.batch_sequences))
         config = settings.model_config(data)
-        sparse = (config.sparse_block, config.sparse_summary, config.sparse_stride)
-        cases.append(functools.partial(step, cell, input_ids, targets, sparse, settings.train.accumulate))
+        cases.append(functools.partial(step, config, input_ids, targets, settings.train.accumulate))
     return Timing([cell.name for cell in cells], interleaved(cases, recipe.compare.rounds, device))
 
 
