@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,19 @@ def test_show_prints_cost_reach_and_state(monkeypatch, capsys, tmp_path):
     assert "after 2 layers" in printed
     assert "11,606 rows per key/value head" in printed
     assert picture.stat().st_size > 5000
+
+
+def test_show_writes_the_explorer(monkeypatch, capsys, tmp_path):
+    page, opened = tmp_path / "pattern.html", []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    arguments = ["show", "8:1,32:4;all", "-n", "100", "--heads", "3", "--no-causal", "-o", str(page), "--open"]
+    assert run(monkeypatch, *arguments) == 0
+    text = page.read_text()
+    assert 'data-start="p=8%3A1%2C32%3A4%3Ball&amp;n=100&amp;h=3&amp;c=0&amp;q=62"' in text
+    assert not re.search(r"<link|src=|https?:", text)
+    assert opened == [page.as_uri()]
+    assert run(monkeypatch, "show", "8:1", "-n", "8", "-o", str(tmp_path / "x.png"), "--open") == 2
+    assert "give a file that ends in .html" in capsys.readouterr().err
 
 
 def test_show_knows_what_has_no_reach(monkeypatch, capsys):

@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_recipes_licence_and_types(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"longnet/recipes/{path.name}" for path in (ROOT / "src/longnet/recipes").glob("*.toml")}
-    assert {"longnet/py.typed", "longnet/__main__.py"} | recipes <= names
+    assert {"longnet/py.typed", "longnet/__main__.py", "longnet/explorer/pattern.html"} | recipes <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "benchmarks", "src")) for name in names)
 

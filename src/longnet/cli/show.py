@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import importlib.resources
 import math
+import tempfile
+import urllib.parse
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +27,7 @@ def show(
     head_dim: int = 64,
     causal: bool = True,
     output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
+    open_browser: Annotated[bool, cyclopts.Parameter("--open", negative=())] = False,
 ) -> None:
     """Print what a pattern costs, reaches and keeps; draw which keys each query sees.
 
@@ -39,7 +45,10 @@ def show(
     causal
         Whether keys after a query are hidden.
     output
-        Where to draw the picture; its suffix is the format (.png, .svg, .pdf).
+        Where to draw the picture; its suffix is the format (.png, .svg, .pdf; .html for the page in which the pattern
+        can be changed).
+    open_browser
+        Open that page in a browser.
     """
     from rich.console import Console
     from rich.table import Table
@@ -69,11 +78,26 @@ def show(
     console.print(
         f"state  {rows:,} rows per key/value head when streaming, dense {tokens:,}: {tokens / rows:.1f}× less"
     )
-    if output is not None:
+    if open_browser or (output is not None and output.suffix == ".html"):
+        page = output or Path(tempfile.mkdtemp(prefix="longnet-")) / "pattern.html"
+        if page.suffix != ".html":
+            raise ValueError(f"--open shows a page, got --output {page}: give a file that ends in .html, or none")
+        page.write_text(explorer_page(dilation, tokens=tokens, heads=heads, causal=causal), encoding="utf-8")
+        console.print(f"page   {page}")
+        if open_browser and not webbrowser.open(page.resolve().as_uri()):
+            console.print("no browser was found: open the page yourself")
+    elif output is not None:
         from longnet.plots import draw_pattern
 
         draw_pattern(dilation, output, tokens=tokens, num_heads=heads, is_causal=causal)
         console.print(f"drawn  {output}")
+
+
+def explorer_page(pattern: DilationPattern, *, tokens: int, heads: int, causal: bool) -> str:
+    """Return the pattern explorer, one page that needs nothing else, as it shows a pattern."""
+    page = (importlib.resources.files("longnet") / "explorer" / "pattern.html").read_text(encoding="utf-8")
+    start = urllib.parse.urlencode({"p": str(pattern), "n": tokens, "h": heads, "c": int(causal), "q": tokens * 5 // 8})
+    return page.replace('data-start=""', f'data-start="{html.escape(start)}"', 1)
 
 
 def _hops(pattern: DilationPattern, tokens: int) -> str:
