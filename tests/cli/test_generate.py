@@ -27,7 +27,7 @@ def test_prompts_come_from_files_too(call, run_folder, expected, capsys, tmp_pat
     text = f"schlüssel → {expected('schlüssel → ', tokens=8, temperature=0)}\n"
     assert call("generate", run_folder, "--file", tmp_path / "prompt.txt", *arguments) == 0
     assert capsys.readouterr().out == text
-    monkeypatch.setattr(sys, "stdin", io.StringIO("schlüssel → "))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schlüssel → ".encode())))
     assert call("generate", run_folder, "--file", "-", *arguments) == 0
     assert capsys.readouterr().out == text
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longnet.data.tokenizer import load_tokenizer
+from longnet.evaluation import generation
 from longnet.evaluation.generation import Sampling, StreamedText, generate_text
 
 
@@ -93,3 +94,16 @@ def test_an_empty_prompt_needs_an_end_token(model):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end token to begin with"):
         generate_text(model, tokenizer, "", Sampling())
+
+
+@pytest.mark.parametrize("prompt", ["short", "a longer prompt " * 9])
+def test_a_prompt_goes_forward_in_parts_of_one_size(model, tokenizer, prompt, monkeypatch):
+    expected = generate_text(model, tokenizer, prompt, Sampling(tokens=12, temperature=0))
+    monkeypatch.setattr(generation, "_PREFILL", 16)
+    sizes = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, keywords: sizes.append(keywords["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert generate_text(model, tokenizer, prompt, Sampling(tokens=12, temperature=0)) == expected
+    assert max(sizes) <= 16
+    assert sum(sizes) == len(prompt) + 11

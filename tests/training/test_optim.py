@@ -25,7 +25,7 @@ def test_learning_rates(settings, expected):
 
 
 def test_a_warm_up_longer_than_the_run_and_none_at_all():
-    assert [learning_rate(OptimConfig(lr=1.0, warmup_steps=10), step, 2) for step in range(2)] == [0.1, 0.2]
+    assert [learning_rate(OptimConfig(lr=1.0, warmup_steps=10), step, 2) for step in range(2)] == [0.5, 1.0]
     assert learning_rate(OptimConfig(lr=1.0, warmup_steps=0), 0, 1) == 1.0
 
 

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+
+
+def _path(_: Any, tokens: Sequence[cyclopts.Token]) -> Path:
+    if not tokens[0].value.strip():
+        raise ValueError(f"{tokens[0].keyword or 'a path'} is empty: an unset variable of the shell, perhaps")
+    return Path(tokens[0].value)
+
+
+GivenPath = Annotated[Path, cyclopts.Parameter(converter=_path)]  # "" would be the current folder
+
 
 def at_least_one(**numbers: int) -> None:
     """Raise ValueError for the first option, named as its keyword, that is below 1."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import GivenPath, at_least_one
 from longnet.cli.lists import LIST
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Path,
-    data: Path,
+    model: GivenPath,
+    data: GivenPath,
     *,
     contexts: Annotated[tuple[int, ...], LIST] = (),
     tokens: int = 2**18,
@@ -29,8 +28,8 @@ def evaluate(
     attention: str | None = None,
     batch_tokens: int = 2**15,
     device: str = "auto",
-    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
-    report: Path | None = None,
+    output: Annotated[GivenPath | None, cyclopts.Parameter(("--output", "-o"))] = None,
+    report: GivenPath | None = None,
 ) -> None:
     """Score the same validation tokens with windows of each context length, and say whether context helps.
 

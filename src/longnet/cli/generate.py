@@ -8,12 +8,14 @@ from typing import Annotated
 
 import cyclopts
 
+from longnet.cli.check import GivenPath
+
 
 def generate(
-    model: Path,
+    model: GivenPath,
     *,
     prompt: str | None = None,
-    file: Annotated[Path | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
+    file: Annotated[GivenPath | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
     tokens: Annotated[int, cyclopts.Parameter(("--tokens", "-n"))] = 200,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -64,8 +66,16 @@ def generate(
 
 
 def _read(file: Path | None) -> str:
+    """Return a prompt as it lies in the file, line ends and all."""
     if file is None or str(file) == "-":
-        return sys.stdin.read()
-    if not file.is_file():
+        name, content = "the standard input", sys.stdin.buffer.read()
+    elif not file.is_file():
         raise FileNotFoundError(f"there is no file {file}: give --file FILE, or --prompt TEXT")
-    return file.read_text(encoding="utf-8", errors="replace")
+    else:
+        name, content = str(file), file.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 at byte {error.start:,} ({error.reason}): recode it, or cut it between two characters"
+        ) from error

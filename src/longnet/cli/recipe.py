@@ -72,6 +72,8 @@ class RecipeFile:
         if path is None or not path.tokens:
             return  # cyclopts says that it is missing
         source = path.tokens[0].value
+        if not source.strip():
+            raise ValueError("the recipe's path is empty: an unset variable of the shell, perhaps")
         tables = read_tables(Path(source), self._kind)
         _check_flags(arguments)
         given = {item.keys for item in arguments if item.tokens}
@@ -115,8 +117,9 @@ def read_tables(path: Path, kind: type[Any]) -> dict[str, Any]:
         OSError: there is no such file.
     """
     try:
-        tables = tomllib.loads(find_recipe(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        # Some editors begin a file with a mark.
+        tables = tomllib.loads(find_recipe(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
     known = get_type_hints(kind)
     if _COMPARE not in known:
@@ -137,6 +140,8 @@ def _check_table(path: Path, name: str, table: dict[str, Any], known: dict[str, 
         if key not in hints:
             near = _nearest(key, hints, "{}") or _nearest_of_all(key, known)
             raise ValueError(f"{path}: [{name}] has no key {key!r}{near}")
+        if hints[key] is Path and value == "":
+            raise ValueError(f"{path}: [{name}] {key} is empty: give a path")
         if not _fits(value, hints[key]):
             raise ValueError(f"{path}: [{name}] {key} must be {_in_words(hints[key])}, got {_shown(value)}")
     if _required(kind) <= table.keys():
@@ -152,6 +157,8 @@ def _check_flags(arguments: ArgumentCollection) -> None:
         for token in argument.tokens:
             if dataclasses.is_dataclass(argument.hint):
                 raise ValueError(f"{token.keyword} is a table: give one of its keys, as in {token.keyword}.key value")
+            if _leaves(argument.hint) == {Path} and not token.value.strip():
+                raise ValueError(f"{token.keyword} is empty: an unset variable of the shell, perhaps")
             if _leaves(argument.hint) == {int} and re.search(r"\d\s*[.eE]", token.value):
                 raise ValueError(f"{token.keyword} must be {_in_words(argument.hint)}, got {token.value}")
 

@@ -10,6 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from longnet.model.cache import DilatedCache, refusal
+from longnet.model.versions import CACHE
+
+_PREFILL = 8192  # tokens of the prompt that go forward at a time, so that memory does not grow with the prompt
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,6 +41,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more and below 2^63, got {self.seed}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
@@ -80,6 +87,7 @@ def generate_text(
                 streamer=text,
                 max_new_tokens=sampling.tokens,
                 pad_token_id=pad,
+                **_prefilled(model, input_ids, sampling.tokens),
                 **ends,
                 **_choice(sampling),
             )
@@ -134,6 +142,19 @@ class StreamedText(BaseStreamer):
             self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+
+@torch.no_grad()
+def _prefilled(model: PreTrainedModel, input_ids: Tensor, tokens: int) -> dict[str, DilatedCache]:
+    """Return a cache that has read a long prompt but for its last part, where the cache's size is constant."""
+    config = model.config.get_text_config(decoder=True)
+    if input_ids.shape[1] <= _PREFILL or config._attn_implementation != "dilated" or refusal(config) is not None:
+        return {}
+    cache = DilatedCache(config, max_tokens=input_ids.shape[1] + tokens)
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    for part in torch.split(input_ids, _PREFILL, dim=1)[:-1]:
+        decoder(input_ids=part, use_cache=True, **{CACHE: cache})
+    return {CACHE: cache}
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:

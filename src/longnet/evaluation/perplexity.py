@@ -38,6 +38,14 @@ class EvaluateConfig:
     batch_tokens: int = 32_768
     """Tokens in a batch, at most, but for a longer context, whose windows go one by one. The results are the same."""
 
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name, least in (("every", 0), ("tokens", 1), ("batch_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluate.{name} must be at least {least}, got {getattr(self, name)}")
+        if min(self.contexts, default=1) < 1:
+            raise ValueError(f"evaluate.contexts must be lengths of at least 1 token, got {list(self.contexts)}")
+
 
 class PositionLoss(NamedTuple):
     """The mean loss of the tokens with position_from … position_to − 1 tokens of context before their own input."""

@@ -83,8 +83,8 @@ class TrainConfig:
         for name in ("steps", "tokens", "batch_sequences", "accumulate", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"train.seed must be 0 or more and below 2^63, got {self.seed}")
         if self.batch_sequences % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_sequences = {self.batch_sequences}, got {self.accumulate}"
@@ -262,7 +262,8 @@ def config_of(model: ModelConfig, **defaults: Any) -> LongNetConfig:
 def differences(old: Tables, new: Tables) -> list[str]:
     """Return the dotted keys of a resolved recipe that may not change when a run is resumed, and did.
 
-    Where the learning rate does not depend on the number of steps (schedule "constant"), that may change.
+    Where the learning rate does not depend on the number of steps (schedule "constant", and no warm-up that is cut
+    short), that may change.
     """
     changed = []
     for table in sorted((old.keys() | new.keys()) - _FREE_TABLES):
@@ -272,8 +273,11 @@ def differences(old: Tables, new: Tables) -> list[str]:
             for key in sorted(before.keys() | after.keys())
             if before.get(key) != after.get(key) and f"{table}.{key}" not in _FREE
         ]
-    if "train.steps" in changed and old["optim"]["schedule"] == "constant":
-        changed.remove("train.steps")
+    steps = {"train.steps"} & {*changed}
+    if steps and old["optim"]["schedule"] == "constant":
+        fewest = min(tables["train"]["steps"] for tables in (old, new))
+        if fewest >= old["optim"]["warmup_steps"]:
+            changed.remove("train.steps")
     return changed
 
 

@@ -12,6 +12,7 @@ import random
 import signal
 import threading
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -112,7 +113,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         state = State()
         if checkpoint is not None:
             state = restore_state(checkpoint, read_record(checkpoint), model, optimizer, ranks)
-        ranks.on_first(lambda: _write(output / "recipe.toml", to_toml(tables)))
+        ranks.on_first(lambda: _write_recipe(output / "recipe.toml", tables))
         screen = Screen(steps=recipe.train.steps, step=state.step, wanted=progress, speaks=ranks.is_first)
         metrics = _open_metrics(stack, ranks, output, step=state.step, tensorboard=recipe.train.tensorboard)
         with screen, _Stop() as stop:
@@ -340,6 +341,11 @@ class _Run:
             f"{parameters:,} parameters, attention {self.recipe.model.attention}, {train.steps:,} steps of "
             f"{train.batch_sequences} × {train.tokens:,} tokens, {train.dtype} on {self._where()}"
         )
+        warmup = self.recipe.optim.warmup_steps
+        if warmup > train.steps:
+            self.screen.say(
+                f"optim.warmup_steps = {warmup:,} is longer than the run: all {train.steps:,} steps warm up"
+            )
         if state.step:
             what = "is finished" if state.step >= train.steps else "continues"
             self.screen.say(f"{self.output} {what} at step {state.step:,}")
@@ -393,6 +399,7 @@ def _open_metrics(stack: contextlib.ExitStack, ranks: Ranks, output: Path, *, st
 def _starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks, *, resume: bool) -> Path | None:
     """Return the checkpoint to continue from, None to begin; refuse what would mix two runs."""
     if not has_checkpoints(output):
+        _refuse_to_overwrite(output / "recipe.toml", tables)
         return None
     if not resume:
         raise ValueError(
@@ -424,16 +431,37 @@ def _starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks,
         )
     if record["progress"]["step"] > tables["train"]["steps"]:
         raise ValueError(f"{output} has finished {record['progress']['step']} steps already: raise train.steps")
+    _refuse_to_overwrite(output / "recipe.toml", tables)
     moved = changed_machine(record, ranks)
     if moved:
         screen.warn(f"{output} continues on another machine ({', '.join(moved)}): rounding may differ from here on")
     return found.whole
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _write_recipe(path: Path, tables: Tables) -> None:
+    if not path.exists() or _read_recipe(path) != tables:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(to_toml(tables), encoding="utf-8")
+        partial.replace(path)
+
+
+def _read_recipe(path: Path) -> Tables | None:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        return None
+
+
+def _refuse_to_overwrite(path: Path, tables: Tables) -> None:
+    """Raise ValueError where a run would write its recipe over one that a user has written."""
+    if not path.exists():
+        return
+    there = _read_recipe(path)
+    is_of_a_run = there is not None and to_toml(there) == path.read_text(encoding="utf-8")  # nobody else writes so
+    if there != tables and not is_of_a_run:
+        raise ValueError(
+            f"{path} is yours, and the run would write its own over it: give another folder with --output, or move it"
+        )
 
 
 def _finite(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ class Metrics:
 
     Each line is an object with `kind` ("train", "skipped", "evaluate", "sample") and `step`, the steps finished then.
     Lines of later steps than `step`, which a killed run has left and its resumption writes again, are cut away, as is
-    a line without end.
+    a line without end. A run that begins keeps the lines of another one in metrics-1.jsonl, metrics-2.jsonl, ….
 
     Args:
         run: the run's folder; None to write nothing, on ranks that another one writes for.
@@ -48,6 +49,8 @@ class Metrics:
         self._path = path = run / "metrics.jsonl"
         self._writer = _tensorboard(run / "tensorboard", step) if tensorboard else None
         kept = 0
+        if not step:
+            _set_aside(path)
         if path.exists():
             with path.open("rb") as file:
                 for line in file:
@@ -185,6 +188,13 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _set_aside(path: Path) -> None:
+    """Rename lines of a run whose checkpoints are gone: only they tell of it."""
+    if path.exists() and path.stat().st_size:
+        places = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(place for place in places if not place.exists()))
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

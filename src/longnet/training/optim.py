@@ -29,7 +29,7 @@ class OptimConfig:
     """Decoupled weight decay, of matrices only: biases and LayerNorms have none."""
 
     warmup_steps: int = 750
-    """Steps over which the learning rate grows linearly to its peak; at most the run's."""
+    """Steps over which the learning rate grows linearly to its peak; where the run is shorter, all of it."""
 
     schedule: Schedule = "polynomial"
     """How the learning rate falls from its peak to the last step."""
@@ -59,13 +59,14 @@ class OptimConfig:
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step (0 … steps − 1), which is above 0 for each of them.
 
-    Steps below warmup_steps have lr · (step + 1) / warmup_steps. Later ones have lr · (m + (1 − m) · f(x)), where
-    m = min_lr_ratio, x = (step − warmup_steps) / (steps − warmup_steps), and f(x) is (1 − x)^power, 1 − x,
-    (1 + cos πx) / 2 or 1.
+    Steps below warmup_steps, at most the run's, have lr · (step + 1) / warmup_steps. Later ones have
+    lr · (m + (1 − m) · f(x)), where m = min_lr_ratio, x = (step − warmup_steps) / (steps − warmup_steps), and f(x) is
+    (1 − x)^power, 1 − x, (1 + cos πx) / 2 or 1.
     """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    fallen = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    warmup_steps = min(optim.warmup_steps, steps)
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
+    fallen = (step - warmup_steps) / max(1, steps - warmup_steps)
     share: float = {
         "polynomial": (1 - fallen) ** optim.power,
         "linear": 1 - fallen,
