@@ -60,7 +60,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
         (["show", "8:1"], "show needs --tokens; for example: longnet show paper -n 32768"),
         (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
-        (["show", "8:1", "-n", "x"], "unable to convert"),
+        (["show", "8:1", "-n", "x"], "--tokens must be an integer, got x"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
         (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),
         (["bench", "attention", "--device", "cuda"], "--device = 'cuda', but torch finds no GPU"),

@@ -113,7 +113,10 @@ def test_mistakes_are_one_line(call, run_folder, words, llama, tmp_path, capsys)
         ((tmp_path / "huge", words, "--contexts", "8"), "holds no tokenizer that would show that they belong together"),
         ((run_folder, words, "--contexts", "64,1024K"), "needs 1,048,577 validation tokens, and there are"),
         ((run_folder, words, "--contexts", "48,64"), "each context must divide the longest, 64"),
-        ((run_folder, words, "--contexts", "long"), "Invalid value for --contexts: unable to convert"),
+        (
+            (run_folder, words, "--contexts", "long"),
+            "--contexts must be a list of integers, like 512,2048,8K, got long",
+        ),
         ((run_folder, words, "--contexts", "0,64"), "--contexts must be at least 1, got 0"),
         ((run_folder, words, "--passkey", "--distances", "5"), "a passkey distance must be at least"),
         ((run_folder, words, "--tokens", "0"), "--tokens must be at least 1"),
@@ -124,6 +127,7 @@ def test_mistakes_are_one_line(call, run_folder, words, llama, tmp_path, capsys)
         ((llama, words), "give --contexts"),
         ((llama, words, "--contexts", "8", "--attention", "dilated"), 'attn_implementation="dilated" needs a pattern'),
     ]
+    capsys.readouterr()
     for arguments, message in cases:
         assert call("evaluate", *arguments) == 2, arguments
         error = capsys.readouterr().err

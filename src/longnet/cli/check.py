@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated, Any
 
-import cyclopts
+from cyclopts import App, ArgumentCollection
 
-
-def _path(_: Any, tokens: Sequence[cyclopts.Token]) -> Path:
-    if not tokens[0].value.strip():
-        raise ValueError(f"{tokens[0].keyword or 'a path'} is empty: an unset variable of the shell, perhaps")
-    return Path(tokens[0].value)
+from longnet.cli.lists import is_list, leaves
 
 
-GivenPath = Annotated[Path, cyclopts.Parameter(converter=_path)]  # "" would be the current folder
+def check_words(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse words that cyclopts takes for something else; it asks this once it has the command line.
+
+    It rounds 3.5 to an integer, and takes `--optim 3` for the first key of the table. "" would be the current folder.
+
+    Raises:
+        ValueError: such a word.
+    """
+    for argument in arguments:
+        kinds = leaves(argument.hint)
+        for token in argument.tokens:
+            name = token.keyword or argument.field_info.name.upper()
+            if dataclasses.is_dataclass(argument.hint):
+                raise ValueError(f"{name} is a table: give one of its keys, as in {name}.key value")
+            if kinds == {Path} and not token.value.strip():
+                raise ValueError(f"{name} is empty: an unset variable of the shell, perhaps")
+            if kinds == {int} and not re.fullmatch(r"[+-]?\d+", token.value.strip(), re.ASCII):
+                what = "a list of integers, like 512,2048,8K," if is_list(argument.hint) else "an integer"
+                raise ValueError(f"{name} must be {what}, got {token.value}")
 
 
 def at_least_one(**numbers: int) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cyclopts
 
 from longnet import __version__
+from longnet.cli.check import check_words
 from longnet.cli.lists import spread_lists
 
 
@@ -70,6 +71,7 @@ def make_app() -> cyclopts.App:
         name="longnet",
         help="LongNet: dilated attention for very long sequences (arXiv:2307.02486).",
         version=__version__,
+        config=check_words,
         suppress_keyboard_interrupt=False,  # main says it
         help_epilogue="`longnet --install-completion` teaches the shell to complete these.",
     )

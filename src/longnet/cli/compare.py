@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
 
-from longnet.cli.check import GivenPath
 from longnet.cli.recipe import PARAMETERS, RecipeFile
 from longnet.comparison.config import ComparisonRecipe
 
@@ -17,9 +17,9 @@ app = cyclopts.App(name="compare", default_parameter=PARAMETERS, config=RecipeFi
 
 @app.default
 def compare(
-    recipe: GivenPath,
+    recipe: Path,
     *,
-    output: Annotated[GivenPath, Parameter(("--output", "-o"))],
+    output: Annotated[Path, Parameter(("--output", "-o"))],
     settings: Annotated[ComparisonRecipe, Parameter(name="*")],
 ) -> None:
     """Train the same model on the same tokens with each attention at each length, and report what holds.

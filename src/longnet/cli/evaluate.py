@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import GivenPath, at_least_one
+from longnet.cli.check import at_least_one
 from longnet.cli.lists import LIST
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: GivenPath,
-    data: GivenPath,
+    model: Path,
+    data: Path,
     *,
     contexts: Annotated[tuple[int, ...], LIST] = (),
     tokens: int = 2**18,
@@ -28,8 +29,8 @@ def evaluate(
     attention: str | None = None,
     batch_tokens: int = 2**15,
     device: str = "auto",
-    output: Annotated[GivenPath | None, cyclopts.Parameter(("--output", "-o"))] = None,
-    report: GivenPath | None = None,
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
+    report: Path | None = None,
 ) -> None:
     """Score the same validation tokens with windows of each context length, and say whether context helps.
 

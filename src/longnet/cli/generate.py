@@ -8,14 +8,12 @@ from typing import Annotated
 
 import cyclopts
 
-from longnet.cli.check import GivenPath
-
 
 def generate(
-    model: GivenPath,
+    model: Path,
     *,
     prompt: str | None = None,
-    file: Annotated[GivenPath | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
+    file: Annotated[Path | None, cyclopts.Parameter(allow_leading_hyphen=True)] = None,
     tokens: Annotated[int, cyclopts.Parameter(("--tokens", "-n"))] = 200,
     temperature: float = 0.8,
     top_k: int | None = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import GivenPath, at_least_one
+from longnet.cli.check import at_least_one
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def info(
-    path: GivenPath,
+    path: Path,
     *settings: Annotated[str, cyclopts.Parameter(allow_leading_hyphen=True)],
     tokens: Annotated[int | None, cyclopts.Parameter(("--tokens", "-n"))] = None,
     memory: float | None = None,
-    output: Annotated[GivenPath | None, cyclopts.Parameter(("--output", "-o"))] = None,
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Print parameters, FLOPs and memory of a recipe or a model; counts and origin of a data folder.
 

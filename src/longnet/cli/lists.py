@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import cyclopts
 
@@ -21,9 +21,9 @@ def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
     if apps[-1].default_command is None or any(word.startswith("-") for word in chain):  # --help
         return list(words)
     lists = {
-        name: {int} == _leaves(argument.hint)
+        name: {int} == leaves(argument.hint)
         for argument in apps[-1].assemble_argument_collection(parse_docstring=False)
-        if _is_list(argument.hint)
+        if is_list(argument.hint)
         for name in argument.names
         if name.startswith("--")
     }
@@ -47,10 +47,12 @@ def _plain(number: str) -> str:
     return str(int(number[:-1]) * 1024) if re.fullmatch(r"\d+[kK]", number) else number
 
 
-def _is_list(hint: Any) -> bool:
+def is_list(hint: Any) -> bool:
+    """Tell whether an option takes several values."""
     return get_origin(hint) in (tuple, list) or any(get_origin(part) in (tuple, list) for part in get_args(hint))
 
 
-def _leaves(hint: Any) -> set[Any]:
+def leaves(hint: Any) -> set[Any]:
+    """Return the types of the values that a hint is made of, None left out."""
     parts = [part for part in get_args(hint) if part not in (type(None), Ellipsis)]
-    return {hint} if not parts else set().union(*(_leaves(part) for part in parts))
+    return {hint} if not parts or get_origin(hint) is Literal else set().union(*(leaves(part) for part in parts))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 
-from longnet.cli.check import GivenPath, at_least_one
+from longnet.cli.check import at_least_one
 
 if TYPE_CHECKING:
     from longnet.data.preparation import Prepared
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def prepare(
     *paths: str,
-    output: Annotated[GivenPath, cyclopts.Parameter(("--output", "-o"))],
+    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))],
     tokenizer: str = "bytes",
     train_bpe: int | None = None,
     text_field: str = "text",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-import re
 import tomllib
 import types
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import cyclopts
 from cyclopts import ArgumentCollection
 
+from longnet.cli.check import check_words
 from longnet.cli.lists import spread_lists
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ class RecipeFile:
         if path is None or not path.tokens:
             return  # cyclopts says that it is missing
         source = path.tokens[0].value
-        if not source.strip():
-            raise ValueError("the recipe's path is empty: an unset variable of the shell, perhaps")
+        check_words(app, commands, arguments)
         tables = read_tables(Path(source), self._kind)
-        _check_flags(arguments)
         given = {item.keys for item in arguments if item.tokens}
         for name, kind in get_type_hints(self._kind).items():
             for key in sorted(_required(kind) - tables.get(name, {}).keys()):
@@ -149,26 +147,6 @@ def _check_table(path: Path, name: str, table: dict[str, Any], known: dict[str, 
             kind(**table)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _check_flags(arguments: ArgumentCollection) -> None:
-    # cyclopts would round 3.5 to an integer, and take `--optim 3` for the first key of the table.
-    for argument in arguments:
-        for token in argument.tokens:
-            if dataclasses.is_dataclass(argument.hint):
-                raise ValueError(f"{token.keyword} is a table: give one of its keys, as in {token.keyword}.key value")
-            if _leaves(argument.hint) == {Path} and not token.value.strip():
-                raise ValueError(f"{token.keyword} is empty: an unset variable of the shell, perhaps")
-            if _leaves(argument.hint) == {int} and re.search(r"\d\s*[.eE]", token.value):
-                raise ValueError(f"{token.keyword} must be {_in_words(argument.hint)}, got {token.value}")
-
-
-def _leaves(hint: Any) -> set[Any]:
-    """Return the types of the values that a hint is made of, None left out."""
-    parts = [part for part in get_args(hint) if part not in (type(None), Ellipsis)]
-    if not parts or get_origin(hint) is Literal:
-        return {hint}
-    return set().union(*(_leaves(part) for part in parts))
 
 
 def _required(kind: type[Any]) -> set[str]:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from longnet.cli.check import GivenPath, at_least_one
+from longnet.cli.check import at_least_one
 
 
 def stream(
-    model: GivenPath,
+    model: Path,
     files: Annotated[list[str], cyclopts.Parameter(negative=())],
     *,
     tokenizer: str | None = None,
@@ -23,7 +23,7 @@ def stream(
     fasta_n: Literal["keep", "drop"] = "keep",
     chunk: int = 65_536,
     tokens: Annotated[int | None, cyclopts.Parameter(("--tokens", "-n"))] = None,
-    output: Annotated[GivenPath, cyclopts.Parameter(("--output", "-o"))] = Path("runs/stream"),
+    output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))] = Path("runs/stream"),
     save_every: int = 2**26,
     resume: bool = False,
     device: str = "auto",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
 
-from longnet.cli.check import GivenPath
 from longnet.cli.recipe import PARAMETERS, RecipeFile
 from longnet.training.config import Recipe
 
@@ -17,9 +17,9 @@ app = cyclopts.App(name="train", default_parameter=PARAMETERS, config=RecipeFile
 
 @app.default
 def train(
-    recipe: GivenPath,
+    recipe: Path,
     *,
-    output: Annotated[GivenPath, Parameter(("--output", "-o"))],
+    output: Annotated[Path, Parameter(("--output", "-o"))],
     resume: bool = False,
     settings: Annotated[Recipe, Parameter(name="*")],
 ) -> None:
