@@ -30,7 +30,7 @@ def recall(
     Parameters
     ----------
     recipe
-        TOML file with the tables below, or a recipe that comes with LongNet: recall-tiny.
+        TOML file with the tables below, or a recipe that comes with LongNet: recall-tiny, recall-long.
     output
         Folder OUT: its cells and reports.
     settings

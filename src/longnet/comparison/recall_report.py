@@ -173,8 +173,8 @@ def _by_distance(systems: Sequence[SystemRecall], task: RecallTask, pairs: int) 
     head = ["system", "pattern", "of dense FLOPs", "attention FLOPs a sequence"]
     asked = sum(systems[0].result(pairs).asked)
     caption = (
-        f"Share of right answers by distance, all seeds together ({asked:,} questions of a system of "
-        f"{len(systems[0].cells)} seeds); in brackets the largest difference between two seeds."
+        f"Share of right answers by distance, all seeds together ({asked:,} questions a system)"
+        f"{'; in brackets the largest difference between two seeds' if len(systems[0].cells) > 1 else ''}."
     )
     return Table([*head, *(f"{low}–{high - 1}" for low, high in task.buckets)], rows, caption)
 
