@@ -83,12 +83,12 @@ class Case:
 
 
 @st.composite
-def patterns(draw: Any, max_length: int = 24, max_rate: int = 7) -> DilationPattern:
+def patterns(draw: Any, max_length: int = 24, max_rate: int = 7, min_length: int = 1) -> DilationPattern:
     """Any pattern: rates that do not divide, rates above the length, no rate of 1, all queries, shifted offsets."""
-    branch = st.tuples(st.integers(1, max_length), st.integers(1, max_rate))
+    branch = st.tuples(st.integers(min_length, max_length), st.integers(1, max_rate))
     branches = draw(st.lists(branch, min_size=1, max_size=4, unique=True))
     if draw(st.booleans()) and not any(rate == 1 for _, rate in branches):
-        branches.append((draw(st.integers(1, max_length)), 1))
+        branches.append((draw(st.integers(min_length, max_length)), 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return DilationPattern(
@@ -100,14 +100,21 @@ def patterns(draw: Any, max_length: int = 24, max_rate: int = 7) -> DilationPatt
 
 
 @st.composite
-def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int = 70) -> Case:
+def cases(
+    draw: Any,
+    head_dims: tuple[int, ...] = (1, 3, 8, 16),
+    max_tokens: int = 70,
+    max_kv_heads: int = 6,
+    max_batch: int = 3,
+    min_length: int = 1,
+) -> Case:
     """Any call: ragged lengths, grouped heads, strides, padding, packing, cached queries, large logits, sinks."""
     tokens = draw(st.integers(1, max_tokens))
     queries = tokens if draw(st.booleans()) else draw(st.integers(1, tokens))
-    kv_heads, group = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 2, 3]))
+    kv_heads, group = draw(st.integers(1, max_kv_heads)), draw(st.sampled_from([1, 1, 2, 3]))
     head_dim = draw(st.sampled_from(head_dims))
     mask = draw(st.sampled_from(["none", "padding", "packing"]))
-    batch = 1 if mask == "packing" else draw(st.integers(1, 3))
+    batch = 1 if mask == "packing" else draw(st.integers(1, max_batch))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     sharpness = draw(st.sampled_from([1.0, 1.0, 4.0]))
 
@@ -141,7 +148,7 @@ def cases(draw: Any, head_dims: tuple[int, ...] = (1, 3, 8, 16), max_tokens: int
         q=tensor(kv_heads * group, queries),
         k=tensor(kv_heads, tokens),
         v=tensor(kv_heads, tokens),
-        pattern=draw(patterns()),
+        pattern=draw(patterns(min_length=min_length)),
         is_causal=draw(st.booleans()),
         masks=masks,
         sinks=None if sinks is None else 2 * torch.randn(sinks, generator=generator, dtype=torch.float64),

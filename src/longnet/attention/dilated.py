@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
 from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
-from longnet.attention.plan import plan, runs_of
+from longnet.attention.plan import Whole, plan, runs_of
 from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
 from longnet.attention.sequence_parallel import attend_slice, gather_slices, group_of
 
@@ -96,7 +96,8 @@ def dilated_attention(
         dropout_p: only 0.
         return_lse: return the log-sum-exp too.
         backend: `"sdpa"` computes tiles with the kernels behind scaled_dot_product_attention, `"reference"` a dense
-            mask in O(T²), `"auto"` the fastest that can run.
+            mask in O(T²), `"triton"` one fused kernel of our own on CUDA, which has been compiled and interpreted but
+            never run on a GPU, `"auto"` the fastest that can run, never the last two.
         mesh: an axis of ranks, across which the sequence lies: q, k, v, padding_mask and the result are this rank's
             slice of it, in rank order, of any length; cu_seqlens are those of the whole sequence. Every rank calls,
             and goes backward, with the same pattern and settings. Tq = T.
@@ -295,4 +296,12 @@ def _lay_out(q: Tensor, k: Tensor, bounds: Tensor | None, *arguments_and_causal:
     return Layout([Part(tiles)], is_complete)
 
 
-_op = register("dilated_attention", f"{PATTERN_SCHEMA}, bool is_causal", _lay_out)
+def _as_one(q: Tensor, k: Tensor, bounds: Tensor | None, *arguments_and_causal: Any) -> Whole:
+    *arguments, is_causal = arguments_and_causal
+    runs = runs_of(bounds, k.shape[0], k.shape[2])
+    skipped = k.shape[2] - q.shape[2]
+    queries = sum(run.rows * max(0, run.stop - max(run.start, skipped)) for run in runs)
+    return Whole(pattern_of(*arguments), runs, is_causal, is_complete=queries == q.shape[0] * q.shape[2])
+
+
+_op = register("dilated_attention", f"{PATTERN_SCHEMA}, bool is_causal", _lay_out, _as_one)

@@ -94,6 +94,15 @@ class Plan(NamedTuple):
     is_complete: bool
 
 
+class Whole(NamedTuple):
+    """A call as one, for a backend that needs no tiles; `is_complete` when every query lies in a run."""
+
+    pattern: DilationPattern
+    runs: tuple[Run, ...]
+    is_causal: bool
+    is_complete: bool
+
+
 @functools.lru_cache(maxsize=64)  # packed documents make a plan a batch, of up to a megabyte
 def plan(
     pattern: DilationPattern,

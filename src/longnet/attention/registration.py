@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
+from longnet.attention.backends.triton import launch
 from longnet.attention.merge import differentiate_sinks, merge_sinks_
-from longnet.attention.plan import Tile
-from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.plan import Tile, Whole
+from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, laid_out_like, rows_dense
 
 
 class Part(NamedTuple):
@@ -41,20 +42,23 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def register(name: str, settings: str, lay_out: Callable[..., Layout]) -> Forward:
+def register(
+    name: str, settings: str, lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | None = None
+) -> Forward:
     """Make the op `longnet::name` and its backward, `longnet::name_backward`, of a layout.
 
     Args:
         name: of the op.
         settings: the schema of the arguments that `lay_out` takes after q, k and bounds.
         lay_out: (q, k, bounds, *settings) → which tiles make up the attention.
+        as_one: the same → the attention as one, for a backend that needs no tiles; None where there is no such backend.
 
     Returns:
         (q, k, v, bounds, sinks, *settings, scale, backend) → out (B, H, Tq, D), lse (B, H, Tq), which has no gradient;
         bounds are (n, 3) int64, (batch row, start, stop) of each run of real tokens, or None where every token is real;
         sinks are (H,) or (B, H, Tq), logits of one more key of value 0, or None.
     """
-    forward, backward = implement(lay_out)
+    forward, backward = implement(lay_out, as_one)
     qkv, rest = "Tensor q, Tensor k, Tensor v", f"{settings}, float scale, str backend"
     op: Any = torch.library.custom_op(
         f"longnet::{name}",
@@ -106,13 +110,17 @@ def register(name: str, settings: str, lay_out: Callable[..., Layout]) -> Forwar
     return op  # type: ignore[no-any-return]
 
 
-def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
+def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | None = None) -> tuple[Forward, Backward]:
     """Return what `register` makes ops of: functions of plain tensors."""
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, sinks: Tensor | None, *settings_scale_backend: Any
     ) -> tuple[Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
+        if as_one and dispatch.is_fused(backend, q.device, q.dtype, q.shape[3]):
+            q, k, v = (rows_dense(x) for x in (q, k, v))
+            out, fused_lse = launch.attend(q, k, v, sinks, as_one(q, k, bounds, *settings), scale=scale)
+            return out, laid_out_like(fused_lse, empty_lse(q))
         kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         q, k, v = (rows_dense(x) for x in (q, k, v))
@@ -144,6 +152,9 @@ def implement(lay_out: Callable[..., Layout]) -> tuple[Forward, Backward]:
         *settings_scale_backend: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
+        if as_one and dispatch.is_fused(backend, q.device, q.dtype, q.shape[3]):
+            dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
+            return launch.attend_backward(dout, q, k, v, out, lse, as_one(q, k, bounds, *settings), scale=scale)
         kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from longnet.attention.backends import dispatch
 from longnet.attention.backends.cuda import INT32_MAX
 from longnet.attention.backends.dispatch import Kernels
-from longnet.attention.merge import merge_
 from longnet.attention.plan import Tile
 from longnet.attention.views import blocks
 
@@ -35,6 +35,7 @@ def attend_tiles(
     Returns:
         out and lse, the ones given where no tile is its queries' first.
     """
+    merge = dispatch.merge_on(q.device)
     for tile in tiles:
         kernel = kernels.of(tile)
         for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q), groups_heads=kernel.groups_heads):
@@ -44,7 +45,7 @@ def attend_tiles(
             if block.q_first:
                 out, lse = _write(out, block.q(out), tile_out), _write(lse, block.q(lse), tile_lse)
             else:
-                merge_(block.q(out), block.q(lse), tile_out, tile_lse)
+                merge(block.q(out), block.q(lse), tile_out, tile_lse)
     return out, lse
 
 
@@ -117,6 +118,11 @@ def is_aligned(x: Tensor) -> bool:
 def empty_like(x: Tensor) -> Tensor:
     """Return room for partial results of x's shape and strides: at least float32, since in bfloat16 they drift."""
     return torch.empty_like(x, dtype=_accumulator_dtype(x.dtype))
+
+
+def laid_out_like(x: Tensor, room: Tensor) -> Tensor:
+    """Return x in the strides of `room`, copied into it if need be."""
+    return x if x.stride() == room.stride() else room.copy_(x)
 
 
 def empty_lse(q: Tensor) -> Tensor:

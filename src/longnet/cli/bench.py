@@ -189,6 +189,39 @@ def bench_distributed(
     console.print(f"rows in {output / 'distributed.jsonl'}")
 
 
+@app.command(name="kernels")
+def bench_kernels(
+    *,
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
+) -> None:
+    """Compile the fused kernels for sm_80, sm_90a and sm_100a, which needs no GPU: registers, spills, shared memory.
+
+    Parameters
+    ----------
+    output
+        Folder for triton_kernels.jsonl, which is written anew; benchmarks/results unless given.
+    """
+    import torch
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from longnet.attention.backends.triton import launch
+    from longnet.bench import kernels, record
+
+    if not launch.is_installed():
+        sys.exit("longnet: compiling the fused kernels needs Triton: pip install 'longnet-torch[triton]'")
+    file = _folder(output, quick=False) / "triton_kernels.jsonl"
+    names = ("kernel", "architecture", "dtype", "head_dim", "registers", "spilled_bytes", "shared_bytes")
+    table = Table(*names, "rows × keys", title="compiled, not run", box=box.SIMPLE)
+    rows = list(kernels.compile_all())
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names), f"{row['rows']} × {row['keys']}")
+    Console().print(table)
+    file.unlink(missing_ok=True)
+    record.append(rows, file, torch.device("cpu"))
+
+
 def _folder(output: Path | None, *, quick: bool) -> Path:
     """Make the folder of the results: the repository's own only for measurements that are whole."""
     folder = output or (Path("runs/bench") if quick else Path("benchmarks/results"))

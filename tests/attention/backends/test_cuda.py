@@ -1,13 +1,16 @@
 """The CUDA kernels without a GPU: by shape on meta tensors, and by what they hand to a simulation of ATen."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simulated
 from cases import cases
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import dilated, registration
+from longnet.attention import dilated, registration, sparse_fixed
 from longnet.attention.backends import cuda, dispatch
 from longnet.attention.tiles import is_aligned, rows_dense
 from tolerances import FLOAT64
@@ -234,3 +237,45 @@ def test_an_axis_of_one_entry_has_a_stride_of_its_tensors(aten, monkeypatch):
     dilated_attention(*torch.randn(3, 1, 2, 40, 8), PATTERN, is_causal=True)
     assert strides
     assert all(min(stride) > 0 for stride in strides)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute; those that only look at tensors, or make room, launch nothing."""
+
+    NONE = ("as_strided", "empty_like", "new_empty", "view", "select", "slice", "unsqueeze", "transpose", "expand")
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.WAITS
+        if name not in self.NONE and "promote_types" not in name:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches_of_the_papers_pattern_at_32k(monkeypatch):
+    """Without masks nothing waits for the device either. Merging is one launch where Triton is at hand."""
+    use(monkeypatch, cuda.CuDNN(), cuda.FlashCUDA())
+    monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
+    q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
+    arguments = (*DilationPattern.paper().arguments, True, 0.1, "auto")
+    forward, backward = registration.implement(dilated._lay_out)
+    with Launches() as there:
+        out, lse = forward(q, k, v, None, None, *arguments)
+    with Launches() as back:
+        backward(out, q, k, v, out, lse, None, *arguments)
+    assert there.counts.total() <= 60, there.counts
+    assert back.counts.total() <= 120, back.counts
+
+
+def test_sparse_fixed_waits_for_nothing(monkeypatch):
+    use(monkeypatch, cuda.FlashCUDA())
+    q = torch.empty(1, 2, 300, 64, dtype=torch.bfloat16, device="meta")
+    forward, _ = registration.implement(sparse_fixed._lay_out)
+    with Launches() as there:
+        forward(q, q, q, None, None, 64, 64, 8, 0.1, "auto")
+    assert there.counts["_scaled_dot_product_flash_attention"] > 1

@@ -7,6 +7,7 @@ import torch
 
 from longnet import DilationPattern, dilated_attention
 from longnet.attention.backends import cuda, dispatch
+from longnet.attention.merge import merge_
 from longnet.attention.plan import Tile
 
 CUDA = torch.device("cuda")
@@ -145,3 +146,22 @@ def test_what_nothing_can_run_is_refused_with_every_reason():
     q = torch.zeros(1, 1, 8, 8).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"cannot run on torch.float8_e4m3fn.*CPU\) has no.*math has no.*Cast"):
         dilated_attention(q, q, q, DilationPattern((4,), (1,)))
+
+
+def test_merging_in_one_launch_has_to_prove_itself(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch.launch, "is_installed", lambda: True)
+    assert dispatch.merge_on(torch.device("cpu")) is merge_
+    for error, taken in ((1e-7, dispatch.launch.merge_), (0.1, merge_)):
+        monkeypatch.setattr(dispatch, "_disagreement", lambda _, error=error: error)
+        dispatch.merge_on.cache_clear()
+        assert dispatch.merge_on(CUDA) is taken
+    assert "was off by 1.0e-01; plain PyTorch merges" in caplog.text
+
+    def fail(_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(dispatch, "_disagreement", fail)
+    dispatch.merge_on.cache_clear()
+    assert dispatch.merge_on(CUDA) is merge_
+    assert "could not run: Failed to find C compiler" in caplog.text
+    dispatch.merge_on.cache_clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from longnet.attention.backends.cuda import INT32_MAX, CuDNN, Efficient, FlashCUDA
 from longnet.attention.backends.sdpa import FlashCPU, Grads, Kernel, Math
+from longnet.attention.backends.triton import launch
+from longnet.attention.merge import merge_
 from longnet.attention.plan import Tile
 
-Backend = Literal["auto", "reference", "sdpa"]
+Backend = Literal["auto", "reference", "sdpa", "triton"]
 KERNELS: tuple[Kernel, ...] = (FlashCPU(), CuDNN(), FlashCUDA(), Efficient(), Math())  # the fastest first
 _log = logging.getLogger(__name__)
 
@@ -87,6 +91,20 @@ def _can_plan(x: Tensor) -> bool:
     return sum(extents) <= INT32_MAX and all(extent or size == 1 for extent, size in zip(extents, x.shape, strict=True))
 
 
+def is_fused(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Say whether a backend computes a call as one, without tiles.
+
+    Raises:
+        ValueError: it does, and cannot run on such tensors; the message says why.
+    """
+    if backend != launch.NAME:
+        return False
+    reason = launch.refusal(device, dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f'backend="triton" cannot run on {dtype} tensors on {device}: it {reason}. Take "auto"')
+    return True
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
     """Return the kernels of a tiled backend for tensors of a kind.
 
@@ -135,6 +153,40 @@ def _choose(
         return Kernels(general, Planned(first, general))
     _log.debug("%s on %s, head dim %d: kernel %s (%s)", dtype, device, head_dim, first.name, said)
     return Kernels(first, first)
+
+
+@functools.lru_cache(maxsize=64)
+def merge_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Return what folds a tile into the output so far: one launch of Triton's on CUDA, or `merge_`.
+
+    The launch has to prove itself, once a process and device: it is compiled there, and compared with `merge_`.
+    """
+    if device.type != "cuda" or not launch.is_installed():
+        return merge_
+    try:
+        error = _disagreement(device)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as raised:  # no compiler, or one that fails
+        reason = f"could not run: {raised}"
+    else:
+        if error <= 1e-5:
+            return launch.merge_
+        reason = f"was off by {error:.1e}"
+    _log.warning("merging in one launch %s; plain PyTorch merges on %s", reason, device)
+    return merge_
+
+
+def _disagreement(device: torch.device) -> float:
+    """Return how far one launch is from `merge_` on numbers of order 1, strided, and with a row that is new."""
+    generator = torch.Generator().manual_seed(0)
+    out, part = torch.randn(2, 2, 37, 3, 64, generator=generator).to(device).transpose(2, 3)
+    lse, part_lse = torch.randn(2, 2, 3, 37, generator=generator).to(device)
+    lse[:, :, 5] = -torch.inf
+    results = []
+    for merge in (launch.merge_, merge_):
+        merged = out.clone(), lse.clone()
+        merge(*merged, part.to(torch.bfloat16), part_lse)
+        results.append(merged)
+    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
 
 
 def refusals(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:

@@ -1,0 +1,157 @@
+"""`longnet bench kernels`: the fused kernels compiled ahead of time, without a GPU: registers, spills, loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longnet.attention.backends.triton import launch
+
+Row = dict[str, Any]
+
+ARCHITECTURES = (80, 90, 100)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+KERNELS = ("attend", "backward_queries", "backward_keys")
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+_FLOAT32 = {"ACC", "LSE", "DELTA"}  # pointers to what is not of the tensors' dtype
+_INT32 = {"BRANCHES", "OFFSETS", "WORK"}
+
+
+def compile_all(
+    architectures: Iterable[int] = ARCHITECTURES,
+    kernels: Iterable[str] = KERNELS,
+    dtypes: Iterable[torch.dtype] = tuple(DTYPES),
+    head_dims: Iterable[int] = HEAD_DIMS,
+) -> Iterator[Row]:
+    """Yield a row for each kernel, dtype, head dim and architecture, causal, as `launch` would launch it."""
+    head_dims, dtypes, kernels = tuple(head_dims), tuple(dtypes), tuple(kernels)
+    for architecture in architectures:
+        for kernel in kernels:
+            for dtype in dtypes:
+                for head_dim in head_dims:
+                    if launch.refusal(torch.device("cuda"), dtype, head_dim) is None:
+                        yield compile_one(architecture, kernel, dtype, head_dim)
+
+
+def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int) -> launch.Blocks:
+    """Return how a kernel is cut where it is launched."""
+    chosen = {
+        "attend": launch.forward_blocks,
+        "backward_queries": launch.query_blocks,
+        "backward_keys": launch.key_blocks_of,
+    }[kernel]
+    return chosen(dtype, head_dim)
+
+
+def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: int) -> Row:
+    """Compile one kernel for one architecture, 80, 90 or 100, and read what ptxas and the code say.
+
+    Raises:
+        RuntimeError: ptxas failed; the message is its own.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from longnet.attention.backends.triton import backward, forward
+
+    function = getattr(forward if kernel == "attend" else backward, kernel)
+    blocks = blocks_of(kernel, dtype, head_dim)
+    constants = {
+        "CAUSAL": True, "HAS_SINKS": False, "ROWS": blocks.rows, "KEYS": blocks.keys,
+        "D": head_dim, "DP": launch.padded(head_dim), "UPCAST": False,
+    }  # fmt: skip
+    names = function.arg_names
+    signature = {name: _type_of(name, DTYPES[dtype], constants) for name in names}
+    # What a launch finds out by itself: pointers and strides are multiples of 16, so that loads are 16 bytes wide.
+    even = [name for name in names if signature[name].startswith("*") or re.fullmatch(r"[a-z]+_[bht]", name)]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(
+        function,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in names},
+        attrs=attributes,
+    )
+    start = time.monotonic()
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+    )
+    seconds = time.monotonic() - start
+    code = made.asm["ptx"]
+    said = _assemble(code, architecture, Path(triton.__file__).parent / "backends/nvidia/bin")
+    wide, narrow = (len(re.findall(pattern, code)) for pattern in _LOADS)
+    return {
+        "case": "kernel",
+        "kernel": kernel,
+        "architecture": _target(code),
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": head_dim,
+        **blocks._asdict(),
+        "registers": _number(r"Used (\d+) registers", said),
+        "spilled_bytes": _number(r"(\d+) bytes spill stores", said),
+        "shared_bytes": made.metadata.shared,
+        "wide_loads": wide,
+        "narrow_loads": narrow,
+        "tensor_core": _tensor_core(code),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+_LOADS = (
+    r"ld\.global\S*\.v4\.b32|cp\.async\.cg|ld\.global\S*\.v2\.b64",
+    r"ld\.global\S*\.b(?:8|16)\b|ld\.global\S*\.u16",
+)
+
+
+def _type_of(name: str, dtype: str, constants: Row) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in _INT32:
+        return "*i32"
+    if name in _FLOAT32:
+        return "*fp32"
+    if (name.isupper() and len(name) > 1 and name != "TQ") or name in ("Q", "K", "V"):
+        return f"*{dtype}"
+    if name.startswith("scale"):
+        return "fp32"
+    return "i64" if re.fullmatch(r"[a-z]+_[bht]", name) or name == "of_dv" else "i32"
+
+
+def _target(code: str) -> str:
+    return re.search(r"\.target (\w+)", code)[1]  # type: ignore[index]
+
+
+def _assemble(code: str, architecture: int, tools: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(code)
+        ptxas = tools / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+        run = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={_target(code)}", file, "-o", file.with_suffix(".cubin")],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+    if run.returncode:
+        raise RuntimeError(f"ptxas for {_target(code)}: {run.stderr.strip()}")
+    return run.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _tensor_core(code: str) -> str:
+    for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+        if name in code:
+            return name
+    return "none"

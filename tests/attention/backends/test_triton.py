@@ -1,0 +1,66 @@
+"""The fused kernels without a GPU: interpreted, in a process of its own, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longnet import DilationPattern, dilated_attention
+from longnet.attention.backends.triton import launch
+from longnet.bench import kernels
+
+pytest.importorskip("triton", reason="needs Triton: pip install 'longnet-torch[triton]'")
+
+
+def test_interpreted():
+    """What interpreted.py tests, since the interpreter is chosen once a process."""
+    file = Path(__file__).with_name("interpreted.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file],
+        check=False, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
+
+
+def test_it_needs_cuda_where_it_is_not_interpreted(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match=r'backend="triton" cannot run.*runs on CUDA, not on cpu'):
+        dilated_attention(q, q, q, DilationPattern((4,), (1,)), backend="triton")
+
+
+def test_without_triton_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda _: None)
+    assert "pip install 'longnet-torch[triton]'" in launch.refusal(torch.device("cuda"), torch.bfloat16, 64)
+
+
+SPILLED_BYTES = 256  # a program; measured ones are in benchmarks/results/triton_kernels.jsonl
+SHARED_BYTES = 99 * 1024  # of sm_86, the least of all with tensor cores for bfloat16
+
+
+def compiled(row):
+    assert row["spilled_bytes"] <= SPILLED_BYTES, row
+    assert row["shared_bytes"] <= SHARED_BYTES, row
+    assert row["narrow_loads"] == 0, row
+    assert row["wide_loads"] > 0, row
+    if row["dtype"] != "float32":
+        assert row["tensor_core"] != "none", row
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "dtype", "head_dim"),
+    [
+        (90, "attend", torch.bfloat16, 128),
+        (90, "backward_queries", torch.bfloat16, 128),
+        (90, "backward_keys", torch.bfloat16, 128),
+        (80, "attend", torch.bfloat16, 64),
+        (100, "attend", torch.float16, 64),
+    ],
+)
+def test_compiled_without_a_gpu(architecture, kernel, dtype, head_dim, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled(kernels.compile_one(architecture, kernel, dtype, head_dim))
