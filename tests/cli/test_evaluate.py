@@ -123,7 +123,7 @@ def test_mistakes_are_one_line(call, run_folder, words, llama, tmp_path, capsys)
         ((run_folder, words, "--device", "cuda"), "torch finds no GPU"),
         ((run_folder, words, "--device", "tpu"), "--device must be auto, cpu or cuda"),
         ((run_folder, words, "--attention", "sparse_fixed"), 'attn_implementation="sparse_fixed" needs a pattern'),
-        ((run_folder, words, "--attention", "nonsense"), "cannot be loaded: "),
+        ((run_folder, words, "--attention", "nonsense"), "there is no attention 'nonsense': choose one of dilated, "),
         ((llama, words), "give --contexts"),
         ((llama, words, "--contexts", "8", "--attention", "dilated"), 'attn_implementation="dilated" needs a pattern'),
     ]

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,14 @@ def test_an_encoding_that_needs_a_network(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(ValueError, match="cannot fetch gpt2"):
         load_tokenizer("tiktoken:gpt2")
+
+
+def test_unbroken_text_trains_in_time_that_grows_with_its_length():
+    text = "".join(random.Random(0).choices("ACGT", k=300_000))  # uncut, this took minutes
+    began = time.perf_counter()
+    tokenizer = train_bpe([text], 300)
+    assert time.perf_counter() - began < 20
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    first = tokenizer(text[: module.LONGEST_WORD])["input_ids"]
+    assert ids[: len(first)] == first  # the cut does not depend on what follows

@@ -121,6 +121,12 @@ def is_users_mistake(error: BaseException) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether Python, the CPU's allocator of torch, or a GPU has found too little memory."""
+    said = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def _name(argument: cyclopts.Argument) -> str:
     names = [name for name in argument.names if name.startswith("--")]
     is_positional = argument.field_info.kind in (

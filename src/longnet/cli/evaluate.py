@@ -89,7 +89,7 @@ def evaluate(
         far = distances or doubling_distances(max(asked))
     for distance in far:
         make_prompts(tokenizer, token_data.validation, distance, trials=1)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with console.status("scoring …"):
         results = list(
             iterate_contexts(

@@ -54,10 +54,12 @@ def info(
         lines, config, tokens = _of_data(path), None, 0
     else:
         lines, config, tokens = _of_model(path, tokens)
+    if output is not None and config is None:
+        raise ValueError("a data folder has no attention to draw: leave --output away")
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:{width}}  {value}")
-    if output is not None:
+    if output is not None and config is not None:
         _draw(config, tokens, output)
         print(f"{'drawn':{width}}  {output}")
 
@@ -230,12 +232,10 @@ def _in_words(value: object) -> str:
     return str(value)
 
 
-def _draw(config: PreTrainedConfig | None, tokens: int, output: Path) -> None:
+def _draw(config: PreTrainedConfig, tokens: int, output: Path) -> None:
     from longnet.model.patterns import pattern_of
     from longnet.plots import draw_pattern
 
-    if config is None:
-        raise ValueError("a data folder has no attention to draw: leave --output away")
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     draw_pattern(pattern_of(config), output, tokens=tokens, num_heads=heads)
 

@@ -38,7 +38,7 @@ def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
         else:
             values = [word]
         for text in values:
-            parts = [text] if current is None else _PART.findall(text)
+            parts = [text] if current is None or not text.strip() else _PART.findall(text)
             spread += [_plain(part) if lists.get(current or "") else part for part in parts]
     return spread
 

@@ -12,7 +12,8 @@ def main() -> None:
     """Run the command line.
 
     A mistake of the user's, which our own code raises or the operating system reports, is one line on stderr and exit
-    status 2; Ctrl-C one line and 130. Anything else is a fault of ours, and shows where it happened.
+    status 2, as is too little memory; Ctrl-C one line and 130. Anything else is a fault of ours, and shows where it
+    happened.
     """
     try:
         from longnet.cli import commands
@@ -23,6 +24,15 @@ def main() -> None:
             if not commands.is_users_mistake(error):
                 raise
             print(f"longnet: {error}", file=sys.stderr)
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if not commands.is_out_of_memory(error):
+                raise
+            print(
+                "longnet: out of memory: give fewer tokens at a time (--batch-tokens, --chunk, --tokens, "
+                "train.accumulate), a smaller model, or a larger machine",
+                file=sys.stderr,
+            )
             sys.exit(2)
     except KeyboardInterrupt:
         print("longnet: stopped by Ctrl-C", file=sys.stderr)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+OURS = ("dilated", "sparse_fixed", "sdpa", "eager")  # what is named first
+
+
 class Loaded(NamedTuple):
     """A model and where it came from.
 
@@ -47,6 +50,7 @@ def load_model(
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     import longnet.model  # noqa: F401  # makes LongNet and its attentions known to transformers
     from longnet.evaluation.scoring import refuse_sight_of_later_tokens
@@ -57,6 +61,9 @@ def load_model(
             f"there is no folder {path}: give a run of `longnet train`, or a Hugging Face model folder"
         )
     folder = model_folder(path)
+    if attention is not None and attention not in (names := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
+        own = sorted((name for name in names if "|" not in name), key=lambda name: name not in OURS)
+        raise ValueError(f"there is no attention {attention!r}: choose one of {', '.join(own)}")
     keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if dtype is not None:
         keywords["dtype"] = dtype

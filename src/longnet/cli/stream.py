@@ -99,10 +99,15 @@ def stream(
         "{task.fields[speed]:,.0f}/s",
         "perplexity {task.fields[perplexity]:.3f}",
     )
-    console = Console()
+    console = Console(markup=False)
     sums = reading.Sums()
     with Progress(
-        BarColumn(), *map(TextColumn, columns), TimeElapsedColumn(), TimeRemainingColumn(), console=console
+        BarColumn(),
+        *map(TextColumn, columns),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=tokens or source.corpus.size, read=0, speed=0.0, perplexity=float("nan"))
         for sums in reading.stream(

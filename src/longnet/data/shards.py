@@ -189,9 +189,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     try:
         index = json.loads(path.read_bytes())
-        found = index["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {_AGAIN}") from error
+    if not isinstance(index, dict) or not {"format", "splits"} <= index.keys():
+        raise ValueError(f"{path} is no index that `longnet prepare` has written: give the folder of prepared data")
+    found = index["format"]
     if found != FORMAT:
         raise ValueError(f"{path} has format {found!r}, this version of longnet reads {FORMAT}: {_AGAIN}")
     return dict(index)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+LONGEST_WORD = 256  # characters, to which words are cut for a vocabulary trained here: its time grows with their square
 # cl100k_base's, whose words suit prose and code: line ends and indentation are not cut to single characters.
 _WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
@@ -73,12 +74,13 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of `size` tokens, `<|endoftext|>` among them, made from texts.
 
-    Fewer where the texts hold no more pairs. The same texts give the same tokenizer.
+    Fewer where the texts hold no more pairs. The same texts give the same tokenizer. Words of more than LONGEST_WORD
+    characters, of unbroken text as a genome is, are cut, in training and in encoding alike.
     """
     from tokenizers import AddedToken, pre_tokenizers, trainers
 
     check_vocabulary(size)
-    tokenizer = _byte_level({}, [], _WORDS)
+    tokenizer = _byte_level({}, [], _WORDS, LONGEST_WORD)
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -167,14 +169,17 @@ def _byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str) -> Tokenizer:
-    """Return a byte-level BPE tokenizer that cuts the text by a pattern first."""
+def _byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str, longest: int | None = None
+) -> Tokenizer:
+    """Return a byte-level BPE tokenizer that cuts the text by a pattern first, then to words of a length."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=bool(merges)))
     cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, plain])
+    bound = [] if longest is None else [pre_tokenizers.FixedLength(longest)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, *bound, plain])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from longnet.evaluation.scoring import refuse_more_positions
 from longnet.model.cache import DilatedCache, refusal
 from longnet.model.versions import CACHE
 
@@ -72,6 +73,7 @@ def generate_text(
         if tokenizer.eos_token_id is None:
             raise ValueError("the prompt is empty, and the tokenizer has no end token to begin with: give a prompt")
         ids = [tokenizer.eos_token_id]  # it ends the document before
+    refuse_more_positions(model, len(ids) + sampling.tokens - 1)
     input_ids = torch.tensor([ids], device=model.device)
     text = StreamedText(tokenizer, file)
     ends = {} if tokenizer.eos_token_id is None else {"eos_token_id": tokenizer.eos_token_id}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from longnet.evaluation.scoring import Scorer
+from longnet.evaluation.scoring import Scorer, refuse_more_positions
 
 if TYPE_CHECKING:
     from longnet.data.shards import Split
@@ -161,6 +161,11 @@ def iterate_contexts(
     scored_bytes = sum(
         int(token_bytes[split.read(start + 1, start + largest + 1)].sum(dtype=np.int64)) for start in starts
     )
+    if not scored_bytes:
+        raise ValueError(
+            "the validation tokens stand for no text: its tokenizer knows none of it, perhaps; prepare with another one"
+        )
+    refuse_more_positions(model, largest)
     was_training = model.training
     model.eval()  # type: ignore[no-untyped-call]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class Scorer:
     def _base(self, input_ids: Tensor) -> Tensor:
         hidden_states: Tensor = self._model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden_states
+
+
+def refuse_more_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Raise ValueError where a model learned a table of positions, and a sequence of so many tokens is beyond it."""
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*)$", name)
+    ]
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if tables and limit is not None and tokens > limit:
+        raise ValueError(
+            f"{type(model).__name__} knows {limit:,} positions, those of its table {tables[0]}, and not {tokens:,}: "
+            "give fewer tokens"
+        )
 
 
 def refuse_sight_of_later_tokens(model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from longnet.data.documents import PLAIN, Reading
 from longnet.data.encoding import make_encoder
 from longnet.data.reading import Cursor, TokenStream
 from longnet.data.tokenizer import load_tokenizer
+from longnet.evaluation.scoring import refuse_more_positions
 from longnet.model import DilatedCache
 from longnet.model.versions import CACHE
 
@@ -168,7 +169,6 @@ def stream(
     elif not resume and state.exists():
         raise ValueError(f"{output} holds a state: go on with --resume, or give another folder")
     _check_head(model)
-    output.mkdir(parents=True, exist_ok=True)
     saved_at = sums.tokens
     limit = tokens
     is_last = False
@@ -181,6 +181,10 @@ def stream(
         is_last = len(ids) <= chunk
         if not len(ids):
             break
+        refuse_more_positions(model, sums.tokens + len(ids))
+        if is_last and not sums.tokens and len(ids) == 1:
+            raise ValueError("there is one token, and none after it to predict: give more text")
+        output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the work, not after
         fed = ids if is_last else ids[:-1]
         losses = _losses(model, cache, fed, ids[1:])
         if not np.isfinite(losses).all():

@@ -254,6 +254,8 @@ def config_of(model: ModelConfig, **defaults: Any) -> LongNetConfig:
         config = LongNetConfig(**given) if preset is None else LongNetConfig.preset(preset, **given)
         if attention == "sparse_fixed":
             sparse_pattern_of(config)
+        if attention != "sdpa" and config.attention_dropout:
+            raise ValueError(f"attention_dropout must be 0 with {attention} attention, got {config.attention_dropout}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"[model]: {error}") from error
     return config

@@ -97,6 +97,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         data = TokenData.open(recipe.data.path)
         tables = recipe.resolve(data)
         windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
+        if data.validation.tokens and not data.validation.bytes:
+            raise ValueError(
+                f"the validation tokens of {data.folder} stand for no text: its tokenizer knows none of it, perhaps; "
+                "prepare with another one"
+            )
         if data.validation.tokens or recipe.evaluate.every:
             unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
         ranks.on_first(lambda: stack.enter_context(lock_run(output)))

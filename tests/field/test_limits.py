@@ -1,0 +1,84 @@
+"""Errors of other kinds: one line, status 2, what to do.
+
+| source | instance | right value |
+|---|---|---|
+| tried here | positions beyond a GPT-2's table: IndexError | one line that names the table and its length |
+| tried here | all of validation is `<unk>`: ZeroDivisionError | one line before the training |
+| tried here | `stream` of one token: IndexError | one line |
+| tried here | more memory than there is: a traceback | one line |
+"""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from longnet.cli.model import load_model
+from longnet.data.tokenizer import load_tokenizer
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("longnet: "), error
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_positions_beyond_a_table(call, words, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=257, n_embd=32, n_head=2, n_layer=1, n_positions=64, eos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "gpt2")
+    said = "GPT2LMHeadModel knows 64 positions, those of its table transformer.wpe, and not {}: give fewer tokens"
+    assert call("evaluate", tmp_path / "gpt2", words, "--contexts", "64", "--tokens", "64") == 0
+    capsys.readouterr()
+    assert call("evaluate", tmp_path / "gpt2", words, "--contexts", "64,128") == 2
+    assert said.format(128) in one_line(capsys)
+    assert call("evaluate", tmp_path / "gpt2", words, "--contexts", "64", "--passkey", "--distances", "100") == 2
+    assert "knows 64 positions" in one_line(capsys)
+    assert call("generate", tmp_path / "gpt2", "--prompt", "a" * 60, "-n", "5") == 0
+    capsys.readouterr()
+    assert call("generate", tmp_path / "gpt2", "--prompt", "a" * 60, "-n", "6") == 2
+    assert said.format(65) in one_line(capsys)
+
+
+def test_a_validation_split_of_unknown_words(call, tmp_path, capsys):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<unk>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("strange words " * 50)
+    files = [tmp_path / f"{number}.txt" for number in range(4)]
+    options = ("--tokenizer", tmp_path / "tokenizer.json", "--validation", "0.5")
+    assert call("prepare", *files, "-o", tmp_path / "data", *options) == 0
+    (tmp_path / "recipe.toml").write_text(f"[data]\npath = '{tmp_path / 'data'}'\n[train]\nsteps = 1\ntokens = 16\n")
+    capsys.readouterr()
+    assert call("train", tmp_path / "recipe.toml", "-o", tmp_path / "run", "--model.preset", "tiny") == 2
+    assert "stand for no text" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_token(call, run_folder, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a" * 50)
+    assert call("stream", run_folder, tmp_path / "one.txt", "-n", "1", "-o", tmp_path / "out") == 2
+    assert "there is one token, and none after it to predict" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] data. DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory(call, run_folder, words, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(load_model(run_folder, torch.device("cpu")).model), "forward", fail)
+    monkeypatch.setattr("longnet.evaluation.scoring.refuse_sight_of_later_tokens", lambda _: None)
+    assert call("evaluate", run_folder, words, "--contexts", "16") == 2
+    assert "out of memory: give fewer tokens at a time" in one_line(capsys)
