@@ -20,6 +20,7 @@ def bench_attention(
     quick: bool = False,
     device: str = "auto",
     repeats: int | None = None,
+    model: str | None = None,
     output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Time dilated attention against dense SDPA and against its own bare kernel calls (the paper's Figure 5).
@@ -32,6 +33,8 @@ def bench_attention(
         "cpu", "cuda", or "auto" for CUDA where there is one.
     repeats
         Counted rounds at the longest length, up to ten times as many at shorter ones; figures are their medians.
+    model
+        "h100" or "a100": measure nothing, print what each path should cost there by FLOPs, bytes and launches.
     output
         Folder for attention.jsonl (rows are appended) and runtime.png; benchmarks/results, and runs/bench with --quick.
     """
@@ -43,6 +46,9 @@ def bench_attention(
     from longnet.measurement import find_device, provenance
     from longnet.plots import draw_runtime
 
+    if model is not None:
+        _print_model(model)
+        return
     place = find_device(device, option="--device")
     output = _folder(output, quick=quick)  # a wrong folder shows before the measurements, not after
     settings = attention.QUICK if quick else attention.Settings()
@@ -74,6 +80,34 @@ def bench_attention(
     about = provenance(place)
     draw_runtime(rows, output / "runtime.png", f"{about['device']}, torch {about['torch']}, {about['date'][:10]}")
     console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.png'}")
+
+
+def _print_model(name: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from longnet.attention.pattern import DilationPattern
+    from longnet.bench import cost_model
+
+    if name not in cost_model.DEVICES:
+        raise ValueError(f"--model must be one of {', '.join(cost_model.DEVICES)}, got {name!r}")
+    table = Table(
+        "tokens", "D", "way", "path", "TFLOP", "GB", "launches", "ms", "dense ms", "FLOPs less", "faster", "of ideal",
+        title=f"model of {name}, not measured: the paper's pattern, causal, bfloat16, 2,048 channels", box=box.SIMPLE,
+    )  # fmt: skip
+    for head_dim in (64, 128):
+        for tokens in (2**13, 2**15, 2**17, 2**20):
+            for row in cost_model.costs(
+                cost_model.DEVICES[name], tokens, DilationPattern.paper(), num_heads=2048 // head_dim, head_dim=head_dim
+            ):
+                table.add_row(
+                    f"{tokens:,}", str(head_dim), row["way"], row["path"], f"{1e-12 * row['flops']:.3g}",
+                    f"{1e-9 * row['bytes']:.3g}", str(row["launches"]), f"{1e3 * row['model_s']:.3g}",
+                    f"{1e3 * row['dense_model_s']:.3g}", f"{row['flop_ratio']:.2f}×", f"{row['model_speedup']:.2f}×",
+                    f"{row['of_ideal']:.0%}",
+                )  # fmt: skip
+    Console(width=130).print(table)
 
 
 @app.command(name="decode")
@@ -210,7 +244,7 @@ def bench_kernels(
     from longnet.bench import kernels, record
 
     if not launch.is_installed():
-        sys.exit("longnet: compiling the fused kernels needs Triton: pip install 'longnet-torch[triton]'")
+        raise ValueError("compiling the fused kernels needs Triton: pip install 'longnet-torch[triton]'")
     file = _folder(output, quick=False) / "triton_kernels.jsonl"
     names = ("kernel", "architecture", "dtype", "head_dim", "registers", "spilled_bytes", "shared_bytes")
     table = Table(*names, "rows × keys", title="compiled, not run", box=box.SIMPLE)

@@ -26,7 +26,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
         assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
 
 
-@settings(max_examples=5)
+@settings(max_examples=8)
 @given(case=cases(head_dims=(16, 24), max_tokens=24, max_kv_heads=2, max_batch=2, min_length=5))
 def test_any_call_in_float32(case):
     check(case, torch.float32)

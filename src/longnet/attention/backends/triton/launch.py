@@ -80,7 +80,7 @@ def attend(
         lse.copy_(_per_query(sinks, q)) if sinks is not None else lse.fill_(-torch.inf)
     blocks = forward_blocks(q.dtype, head_dim)
     tables = _tables(whole.pattern, k.shape[1], q.device)
-    length = _block_length(tables.most, blocks.rows, tokens * batch_size * num_heads)
+    length = block_length(tables.most, blocks.rows, tokens * batch_size * num_heads)
     work = _work(whole.runs, length, k.shape[2] - tokens, q.device)
     if not work.shape[0]:
         return out, lse
@@ -129,7 +129,7 @@ def attend_backward(
     constants: dict[str, Any] = {
         "CAUSAL": whole.is_causal, "D": head_dim, "DP": padded(head_dim), "UPCAST": is_interpreted(),
     }  # fmt: skip
-    length = _block_length(tables.most, blocks.rows, lse.numel())
+    length = block_length(tables.most, blocks.rows, lse.numel())
     work = _work(whole.runs, length, skipped, q.device)
     if not work.shape[0]:
         return dq, dk, dv
@@ -140,7 +140,7 @@ def attend_backward(
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dq.stride()[:3],
         **constants, ROWS=blocks.rows, KEYS=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    length = _block_length(tables.most, key_blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
+    length = block_length(tables.most, key_blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
     work = _work(whole.runs, length, 0, q.device)
     sums = torch.empty(2, *k.shape, dtype=torch.float32, device=q.device)
     backward.backward_keys[work.shape[0], num_kv_heads](
@@ -246,7 +246,7 @@ def _work(runs: tuple[Run, ...], length: int, skipped: int, device: torch.device
     return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work.to(device)
 
 
-def _block_length(most: int, rows: int, all_rows: int) -> int:
+def block_length(most: int, rows: int, all_rows: int) -> int:
     """Return how many positions a program owns: enough to fill a block of rows of the widest branch, if there are."""
     length = max(4 * rows, 64)
     while length < rows * most and all_rows // (2 * length) >= _MIN_PROGRAMS:
