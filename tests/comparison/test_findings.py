@@ -1,10 +1,14 @@
 """Sentences against figures made up to say one thing or the other."""
 
+from pathlib import Path
+
 import pytest
 
 from longnet.comparison import findings
 from longnet.comparison.cell import CellResult
+from longnet.comparison.systems import SYSTEMS
 from longnet.evaluation.perplexity import ContextResult
+from longnet.plots import name_length
 
 
 def cell(attention, length, losses, *, flops=100, training=(3.0, 2.0)):
@@ -76,3 +80,20 @@ def test_the_headline_is_the_best_cell_of_each_context_whosoever_it_is():
     )
     assert findings.describe_headline(cells).endswith("; 4K: 60.0, LongNet 64:1,1024:8;all trained at 4K.")
     assert findings.describe_headline(cells[:2]).endswith("; 4K: 73.4, Transformer trained at 256.")
+
+
+def test_the_headline_of_the_committed_table_2_is_of_its_own_figures():
+    text = (Path(__file__).parents[2] / "benchmarks/results/table2-tiny/report.md").read_text()
+    names = {title: system for system, title in SYSTEMS.items()}
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "±" in line and line.startswith("|")]
+    lengths = {name_length(length): length for length in (256, 1024, 4096)}
+    cells = [
+        (
+            names[row[0]],
+            lengths[row[1]],
+            dict(zip(lengths.values(), (float(cell.split()[0]) for cell in row[3:]), strict=True)),
+        )
+        for row in rows
+    ]
+    assert len(cells) == 7
+    assert f"**{findings.describe_headline(cells)}**" in text

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch
 from longnet.cli.main import main
 from longnet.cli.recipe import load_recipe
 from longnet.comparison import recall as recall_module
-from longnet.comparison.recall import RecallCell, RecallCellResult, RecallRecipe, run_recall_cell
-from longnet.comparison.recall_report import SystemRecall, describe_headline
+from longnet.comparison.recall import RecallCell, RecallCellResult, RecallOutcome, RecallRecipe, run_recall_cell
+from longnet.comparison.recall_report import SystemRecall, describe_headline, gather_systems
 from longnet.evaluation.recall import RecallResult, RecallTask
 
+COMMITTED = Path(__file__).parents[2] / "benchmarks/results/recall-tiny"
 RECIPE = """
 [task]
 tokens = 64
@@ -80,6 +82,27 @@ def test_cells_are_run_once_and_reported(recipe_file, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert run(monkeypatch, recipe_file, "-o", tmp_path, "--recall.steps", "8") == 2
     assert "holds a comparison with another recipe: recall.steps (6 → 8)" in capsys.readouterr().err
+
+
+def test_another_command_says_whose_recipe_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longnet", "info", "recall-tiny"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("longnet: recall-tiny is a recipe of longnet recall")
+
+
+def test_the_committed_report_is_of_the_committed_results_and_holds_the_bar():
+    recipe = load_recipe(Path("recall-tiny"), kind=RecallRecipe)
+    results = [RecallCellResult.load(COMMITTED / "cells" / cell.name) for cell in recipe.all_cells]
+    systems = gather_systems(RecallOutcome(recipe, results, {}, False))
+    assert f"**{describe_headline(systems, recipe.task)}**" in (COMMITTED / "report.md").read_text()
+    by_name = {one.system: one for one in systems}
+    ours, dense = by_name["64:1,512:8;all"], by_name["sdpa"]
+    assert ours.share <= 0.26
+    for pairs in recipe.task.scored:
+        pairs_of = zip(ours.accuracies(recipe.task, pairs), dense.accuracies(recipe.task, pairs), strict=True)
+        assert all(own >= 0.95 * other for own, other in pairs_of)
 
 
 def test_a_cell_that_was_stopped_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ R = TypeVar("R", bound="Recipe")
 
 # Flags take several values, `--evaluate.contexts 512 2048`, and there is one way of saying each thing.
 PARAMETERS = cyclopts.Parameter(consume_multiple=True, negative=())
+_RECALL = "recall"  # with [task] in place of [data]
 _COMPARE = "compare"  # belongs to `longnet compare`; what only trains passes it by
 
 
@@ -120,6 +121,10 @@ def read_tables(path: Path, kind: type[Any]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
     known = get_type_hints(kind)
+    if _RECALL in tables and _RECALL not in known:
+        raise ValueError(
+            f"{path} is a recipe of longnet recall, which makes its own data: longnet recall {path} -o OUT"
+        )
     if _COMPARE not in known:
         tables.pop(_COMPARE, None)
     for name, table in tables.items():
