@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
@@ -35,7 +36,9 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
     """The state of one layer, in transformers' terms.
 
     `update` returns the new keys and values alone; `attend` attends with them to themselves and to the past, and keeps
-    of them what later tokens need.
+    of them what later tokens need. Some models change keys or values between the two, and then ask for attention to the
+    changed ones: the first pass, which has no past, serves them as it is. Then `plain` keeps all keys where
+    `may_keep_all`; else the second is refused.
     """
 
     is_croppable = True  # once activate_past_recording has been called, as transformers does before it needs it
@@ -46,26 +49,61 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         self.record_past = False
         self.state: StreamState | None = None
         self._new: tuple[Tensor, Tensor] | None = None
+        self.plain: DynamicLayer | None = None
+        self.may_keep_all = False  # set by who makes a cache for a model unasked
+
+    def holds(self, value: Tensor) -> bool:
+        """Say whether `attend` would read this very tensor, which no model has changed since `update`."""
+        return self._new is not None and self._new[1] is value
+
+    @property
+    def seen(self) -> int:
+        """Tokens so far, padding counted."""
+        if self.plain is not None:
+            return self.plain.get_seq_length()
+        return self.columns + (0 if self._new is None else self._new[0].shape[2])
+
+    def _keeps_all(self) -> DynamicLayer | None:
+        """Return `plain`, which a pass between whose `update` and whose end nobody called `attend` makes."""
+        if self._new is not None:
+            if self.columns or self.start or not self.may_keep_all:
+                raise ValueError(
+                    "a DilatedCache got keys that no attention read: it serves attn_implementation='dilated' alone, "
+                    "see longnet.use_dilated_attention"
+                )
+            warnings.warn(
+                "this model changes keys or values after its cache has taken them, which a DilatedCache cannot serve: "
+                "all of them are kept, as by transformers' dynamic cache, and memory grows with the text",
+                stacklevel=2,
+            )
+            self.plain = DynamicLayer()  # type: ignore[no-untyped-call]
+            self.plain.update(*self._new)
+            self._new = None
+        return self.plain
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether there is room for keys and values."""
-        return self.state is not None
+        return self.state is not None or self.plain is not None
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, rows, D), the branches one after the other."""
+        if self.plain is not None:
+            return self.plain.keys
         return None if self.state is None else self.state.keys
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, rows, D)."""
+        if self.plain is not None:
+            return self.plain.values
         return None if self.state is None else self.state.values
 
     @property
     def batch_size(self) -> int:
         """B, or −1 as long as no keys have come."""
-        return -1 if self.state is None else self.state.keys.shape[0]
+        return -1 if self.keys is None else self.keys.shape[0]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> StreamState:  # type: ignore[override]
         """Make room for keys and values like these."""
@@ -84,11 +122,9 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take the new keys and values (B, G, T, D), for `attend`, and return them."""
-        if self._new is not None:
-            raise ValueError(
-                "a DilatedCache got keys that no attention read: it serves attn_implementation='dilated' alone, see "
-                "longnet.use_dilated_attention"
-            )
+        plain = self._keeps_all()
+        if plain is not None:
+            return plain.update(key_states, value_states)
         self._new = key_states, value_states
         keys = key_states.as_subclass(StreamedKeys)
         keys.layer = self
@@ -133,7 +169,7 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
 
     def get_seq_length(self) -> int:
         """Return the position of the next token, padding counted."""
-        return self.start + self.columns
+        return self.start + self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the keys that the attention is given, and the column of the first: the new ones alone.
@@ -141,7 +177,8 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         Args:
             query_length: the new tokens; before transformers 5.4, their columns (T,).
         """
-        return query_length.shape[0] if isinstance(query_length, Tensor) else query_length, self.columns
+        tokens = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return (tokens, self.columns) if self._keeps_all() is None else (self.seen + tokens, 0)
 
     def get_max_length(self) -> int:
         """Return −1: any length fits."""
@@ -153,7 +190,7 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
 
     def reset(self) -> None:
         """Forget every token."""
-        self.columns, self._new = 0, None
+        self.columns, self._new, self.plain = 0, None, None
         if self.state is not None:
             self.state.restart()
 
@@ -171,6 +208,10 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
             ValueError: a positive number, more tokens than there are, or rows of an earlier segment would be needed,
                 which are gone unless `activate_past_recording` was called before the tokens to forget.
         """
+        plain = self._keeps_all()
+        if plain is not None:
+            plain.crop(tokens_to_remove)  # type: ignore[arg-type]
+            return
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17's assisted decoding counts in a tensor
         if tokens_to_remove > 0 and not TELLS_WHAT_TO_RECORD:
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
@@ -185,17 +226,26 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the batch rows into this order; a row may come again."""
-        if self.state is not None:
+        plain = self._keeps_all()
+        if plain is not None:
+            plain.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        elif self.state is not None:
             self.state.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these batch rows; a bool per row, or indices."""
-        if self.state is not None:
+        plain = self._keeps_all()
+        if plain is not None:
+            plain.batch_select_indices(indices)
+        elif self.state is not None:
             self.state.select((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
-        if self.state is not None:
+        plain = self._keeps_all()
+        if plain is not None:
+            plain.batch_repeat_interleave(repeats)
+        elif self.state is not None:
             self.state.select([row for row in range(self.batch_size) for _ in range(repeats)])
 
 
@@ -258,12 +308,13 @@ class DilatedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values; 0 as long as there is no room for them."""
-        return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
+        kept = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
+        return sum(x.nbytes for x in kept)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the column of the next token in a padding mask: the tokens so far, wherever they started."""
-        columns: int = self.layers[layer_idx].columns
-        return columns
+        seen: int = self.layers[layer_idx].seen
+        return seen
 
     def activate_past_recording(self) -> None:
         """Keep what is replaced until the next `crop`, in every layer; transformers has this from 5.14 on."""
@@ -276,6 +327,8 @@ class DilatedCache(Cache):
             if layer.state is not None:
                 layer.state.keys, layer.state.values = layer.state.keys.to(device), layer.state.values.to(device)
                 layer.state.record(is_on=layer.record_past)
+            if layer.plain is not None and layer.plain.keys is not None and layer.plain.values is not None:
+                layer.plain.keys, layer.plain.values = layer.plain.keys.to(device), layer.plain.values.to(device)
         return self
 
     def save(self, path: Path | str) -> None:
@@ -287,7 +340,7 @@ class DilatedCache(Cache):
         """
         states = [layer.state for layer in self.layers if layer.state is not None]
         if len(states) < len(self.layers):
-            raise ValueError("this cache has seen no token: there is nothing to save")
+            raise ValueError("this cache has seen no token, or keeps all of them: there is nothing to save")
         tensors = {}
         for index, state in enumerate(states):
             tensors[f"{index}.keys"], tensors[f"{index}.values"] = state.keys.contiguous(), state.values.contiguous()
@@ -367,6 +420,8 @@ def refusal(config: PreTrainedConfig) -> str | None:
         return f"it has layers of another kind than attention, {sorted(kinds)}"
     if getattr(config, "kv_sharing_modes", None) is not None:
         return "its layers share keys and values"
+    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        return "its layers run several times a token"
     return None
 
 

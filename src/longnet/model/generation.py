@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -40,15 +40,24 @@ def _prepare_cache(
         and given is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation is None
+        and self._supports_default_dynamic_cache()
         and refusal(config) is None
+        and _is_causal(self)
     ):
         cache = DilatedCache(config, max_tokens=length)
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION and not TELLS_WHAT_TO_RECORD
         if generation_config.is_assistant or is_assisted:
             cache.activate_past_recording()
+        for layer in cache.layers:
+            layer.may_keep_all = True
         model_kwargs[CACHE] = cache
         return None
     return _prepare(self, generation_config, model_kwargs, generation_mode, batch_size, length)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Say whether every layer that has a place in a cache hides later keys."""
+    return all(getattr(m, "is_causal", None) is not False for m in model.modules() if hasattr(m, "layer_idx"))
 
 
 # Models of others know of caches only what this method tells them; subclassing would change their type.

@@ -60,6 +60,8 @@ def dilated_attention_forward(
     """
     config = cast("PreTrainedConfig", module.config)
     layer = layer_of(module)
+    if isinstance(key, StreamedKeys) and not key.layer.holds(value):
+        key = key.as_subclass(Tensor)
     if isinstance(key, StreamedKeys):
         pattern = key.layer.pattern  # made once; a step is short
         if not is_of(pattern, config, layer):

@@ -46,7 +46,7 @@ def _options(config: PreTrainedConfig, layer: int) -> dict[str, Any]:
     return {
         "head_offsets": getattr(config, "head_offsets", None) or "mod",
         "queries": getattr(config, "queries", None) or "kept",
-        "offset_shift": layer * heads_of(config)[0] if rotates else 0,
+        "offset_shift": layer * kv_heads_of(config) if rotates else 0,
     }
 
 
@@ -67,7 +67,7 @@ def layer_of(module: nn.Module) -> int:
 
 def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
     """Warn where a model with a pattern has positions that no head of any layer keeps, in some branch."""
-    heads, layers = heads_of(config)[0], config.num_hidden_layers
+    heads, layers = kv_heads_of(config), config.num_hidden_layers
     rotates = getattr(config, "rotate_offsets", None) or False
     for length, rate in pattern.branches:
         kept = {
@@ -86,11 +86,16 @@ def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
             )
 
 
+def kv_heads_of(config: PreTrainedConfig) -> int:
+    """Return the key/value heads that a config tells of."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
+
+
 def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
     """Return the key/value heads and their dimension that a config tells of."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return heads, head_dim
+    return kv_heads_of(config), head_dim
 
 
 def sparse_pattern_of(config: PreTrainedConfig) -> SparseFixedPattern:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ class Visible:
     def shape(self) -> tuple[int, int, int, int]:
         """That of a mask which is the same for all batch rows and heads, for models that read off its last."""
         return (1, 1, self.q_tokens, self.tokens)
+
+    def _refuse_to_be_computed_with(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            "this model computes with its attention mask, which dilated and sparse_fixed attention do not make: it can "
+            'attend in full only, with attn_implementation="sdpa" or "eager"'
+        )
+
+    __getitem__ = __add__ = __radd__ = __mul__ = __and__ = __or__ = __invert__ = _refuse_to_be_computed_with
+    masked_fill = expand = float = _refuse_to_be_computed_with
+    dtype = property(_refuse_to_be_computed_with)
 
     def contiguous(self) -> Visible:
         """Return itself; generate() asks this of every mask that it makes ahead."""
