@@ -269,3 +269,44 @@ def _size(number: float) -> str:
             break
         number /= 1024
     return f"{number:,.1f} {unit}"
+
+
+@app.command(name="slides")
+def bench_slides(
+    *,
+    tiles: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
+    dense_tiles: int | None = None,
+    device: str = "auto",
+    output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
+) -> None:
+    """Encode slides with random weights of GigaPath's size: seconds, peak memory, and dense attention beside it.
+
+    Parameters
+    ----------
+    tiles
+        Of a slide; 2500 10000 50000 if not given.
+    dense_tiles
+        Measure dense attention up to so many tiles; 10000 if not given.
+    device
+        "cpu", "cuda", or "auto" for CUDA where there is one.
+    output
+        Folder for slides.jsonl, to which rows are appended; benchmarks/results if not given.
+    """
+    from longnet.bench import record, slides
+    from longnet.measurement import find_device
+
+    place = find_device(device, option="--device")
+    output = _folder(output, quick=False)
+    at_least_one(tiles=min(tiles, default=1))
+    rows = []
+    try:
+        for row in slides.run(
+            tiles or slides.TILES, place, dense_tiles=slides.DENSE_TILES if dense_tiles is None else dense_tiles
+        ):
+            rows.append(row)
+            print(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                            for name, value in row.items()), flush=True)  # fmt: skip
+    except slides.GateError as error:
+        sys.exit(f"longnet: {error}")
+    record.append(rows, output / "slides.jsonl", place)
+    print(f"rows in {output / 'slides.jsonl'}")

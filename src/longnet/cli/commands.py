@@ -59,6 +59,16 @@ COMMANDS = {
     "stream": Command(
         "stream:stream", "Read files as one sequence of any length, in constant memory.", "stream runs/mine book.txt"
     ),
+    "encode": Command(
+        "encode:encode",
+        "Slides' feature files → embeddings, with GigaPath's slide encoder.",
+        "encode slide_encoder.pth slides/*.h5 -o embeddings",
+    ),
+    "convert": Command(
+        "convert:convert",
+        "torchscale's checkpoints → folders for from_pretrained, and back.",
+        "convert slide_encoder.pth gigapath",
+    ),
     "bench": Command(
         "bench:app", "Measure, each figure behind a check that the result is right.", "bench attention --quick"
     ),

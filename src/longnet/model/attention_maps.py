@@ -36,10 +36,7 @@ def attention_map(model: nn.Module, *inputs: Any, layer: int, query: int | Seque
         ValueError: another kind of model or attention, a layer or a query that there is not, a branch whose segments
             torchscale's tail shifts.
     """
-    modules = _attentions(model)
-    if not -len(modules) <= layer < len(modules):
-        raise ValueError(f"layer must be below the model's {len(modules)}, got {layer}")
-    attention = modules[layer]
+    attention = _layer(_attentions(model), layer)
     q, k, _, mask, tail = _seen(model, [attention], *inputs, **kwargs)[0]
     pattern = pattern_of(attention.config, attention.layer_idx)
     if tail is not None and tail.shifted:
@@ -89,23 +86,61 @@ def rollout(model: nn.Module, *inputs: Any, query: int = 0, **kwargs: Any) -> Te
     first = seen[0][0]
     r = torch.zeros(len(first), first.shape[2], dtype=torch.float32, device=first.device)
     r[:, query] = 1
-    for attention, (q, k, v, mask, tail) in reversed(list(zip(modules, seen, strict=True))):
-        values = torch.zeros_like(v).requires_grad_(True)
-        with torch.enable_grad():
-            if tail is None:
-                out = attend_within(
-                    q, k, values, pattern_of(attention.config, attention.layer_idx),
-                    bounds=getattr(mask, "bounds", None), is_causal=attention.is_causal, scale=attention.scaling,
-                )[0]  # fmt: skip
-            else:
-                out = tail.attend(q, k, values, scale=attention.scaling)
-            weight = torch.zeros_like(out)
-            weight[..., 0] = r[:, None].to(out.dtype) / out.shape[1]
-            (reached,) = torch.autograd.grad(out, values, weight)
-        passed = reached[..., 0].float().sum(1)
+    for attention, layer in reversed(list(zip(modules, seen, strict=True))):
+        passed = _pass_back(attention, layer, r)
         mass = passed.sum(1, keepdim=True)
         r = 0.5 * r + 0.5 * torch.where(mass > 0, passed / mass, r)
     return r
+
+
+def attention_received(model: nn.Module, *inputs: Any, layer: int, **kwargs: Any) -> Tensor:
+    """Return how much attention each token receives in one layer, the mean over all queries and heads.
+
+    The column means of the attention matrix, exactly, also with torchscale's tail: the gradient of the op's output with
+    respect to its values.
+
+    Args:
+        model: as `attention_map`'s, and so the others.
+        *inputs: what it is called with.
+        layer: which, from 0; negative ones count from the last.
+        **kwargs: what it is called with besides.
+
+    Returns:
+        (B, T) float32, 0 in the padding; of a slide entry 0 is CLS.
+
+    Raises:
+        ValueError: another kind of model or attention, or a layer that there is not.
+    """
+    attention = _layer(_attentions(model), layer)
+    seen = _seen(model, [attention], *inputs, **kwargs)[0]
+    r = torch.zeros(len(seen[0]), seen[0].shape[2], dtype=torch.float32, device=seen[0].device)
+    for row, start, stop in zip(*_runs(seen[3], len(r), r.shape[1]), strict=True):
+        r[row, start:stop] = 1 / max(1, stop - start)
+    return _pass_back(attention, seen, r)
+
+
+def _pass_back(attention: LongNetAttention, seen: "_Seen", r: Tensor) -> Tensor:
+    # r · mean over heads of A, (B, T).
+    q, k, v, mask, tail = seen
+    values = torch.zeros_like(v).requires_grad_(True)
+    with torch.enable_grad():
+        if tail is None:
+            out = attend_within(
+                q, k, values, pattern_of(attention.config, attention.layer_idx),
+                bounds=getattr(mask, "bounds", None), is_causal=attention.is_causal, scale=attention.scaling,
+            )[0]  # fmt: skip
+        else:
+            out = tail.attend(q, k, values, scale=attention.scaling)
+        weight = torch.zeros_like(out)
+        weight[..., 0] = r[:, None].to(out.dtype) / out.shape[1]
+        (reached,) = torch.autograd.grad(out, values, weight)
+    return reached[..., 0].float().sum(1)
+
+
+def _layer(modules: Sequence[LongNetAttention], layer: int) -> LongNetAttention:
+    if not -len(modules) <= layer < len(modules):
+        raise ValueError(f"layer must be below the model's {len(modules)}, got {layer}")
+    return modules[layer]
 
 
 def _attentions(model: nn.Module) -> list[LongNetAttention]:

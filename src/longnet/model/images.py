@@ -72,8 +72,8 @@ class ImageOutput(ModelOutput):
         hidden_states: L + 1 of (B, patches, C), with output_hidden_states alone.
     """
 
-    last_hidden_state: Tensor | None = None
-    pooled: Tensor | None = None
+    last_hidden_state: Tensor = None  # type: ignore[assignment]  # transformers wants defaults
+    pooled: Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
 
 

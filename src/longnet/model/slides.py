@@ -101,12 +101,14 @@ class SlideOutput(ModelOutput):
         cls: (B, C), the CLS token's. GigaPath's authors say that it was not trained.
         last_hidden_state: (B, N, C), each tile in the context of its slide, after the encoder's LayerNorm.
         hidden_states: L + 1 of (B, N + 1, C), CLS first, before any LayerNorm; with output_hidden_states alone.
+        padding_mask: (B, N) bool, as it was given.
     """
 
-    pooled: Tensor | None = None
-    cls: Tensor | None = None
-    last_hidden_state: Tensor | None = None
+    pooled: Tensor = None  # type: ignore[assignment]  # transformers wants defaults
+    cls: Tensor = None  # type: ignore[assignment]
+    last_hidden_state: Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[Tensor, ...] | None = None
+    padding_mask: Tensor | None = None
 
 
 class LongNetSlideModel(LongNetPreTrainedModel):
@@ -153,17 +155,12 @@ class LongNetSlideModel(LongNetPreTrainedModel):
             ValueError: widths, shapes or coordinates that do not fit (`check_coordinates`), a slide without tiles.
         """
         states: list[Tensor] = []
-        hidden_states, mask = tile_embeds, padding_mask
-        for hidden_states, mask in self._states(tile_embeds, coords, padding_mask):  # noqa: B007  # the last remains
+        layer = SlideOutput()
+        for layer in self.each_layer(tile_embeds, coords, padding_mask):  # the last remains
             if output_hidden_states:
-                states.append(hidden_states)
-        hidden_states = self.layer_norm(hidden_states)
-        output = SlideOutput(
-            pooled=self._pool(hidden_states, mask, "mean"),
-            cls=self._pool(hidden_states, mask, "cls"),
-            last_hidden_state=hidden_states[:, 1:],
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )
+                states += layer.hidden_states or ()
+        output = self.final(layer)
+        output.hidden_states = tuple(states) if output_hidden_states else None
         return output.to_tuple() if return_dict is False else output
 
     def layer_embeddings(
@@ -189,20 +186,26 @@ class LongNetSlideModel(LongNetPreTrainedModel):
         """
         if pool not in ("mean", "cls"):
             raise ValueError(f'pool must be "mean" or "cls", got {pool!r}')
-        return torch.stack(
-            [
-                self._pool(hidden_states, mask, pool)
-                for hidden_states, mask in self._states(tile_embeds, coords, padding_mask)
-            ]
-        )
+        name = "pooled" if pool == "mean" else "cls"
+        return torch.stack([layer[name] for layer in self.each_layer(tile_embeds, coords, padding_mask)])
 
-    def _states(
-        self, tile_embeds: Tensor, coords: Tensor, padding_mask: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def each_layer(
+        self, tile_embeds: Tensor, coords: Tensor, padding_mask: Tensor | None = None
+    ) -> Iterator[SlideOutput]:
+        """Yield what the embeddings, and then each layer, say of the slides: L + 1 outputs, of which one is held.
+
+        Args:
+            tile_embeds: as `forward`'s, and so the next two.
+            coords: (B, N, 2) or (N, 2).
+            padding_mask: (B, N) bool.
+
+        Yields:
+            pooled and cls (B, C) as `layer_embeddings` has them; last_hidden_state (B, N, C) and the one of
+            hidden_states (B, N + 1, C) as they leave the layer, without LayerNorm.
+        """
         if tile_embeds.ndim == 2:
             tile_embeds, coords = tile_embeds[None], coords[None]
-        _check_shapes(self.config, tile_embeds, coords, padding_mask)
-        rows, columns = check_coordinates(self.config, coords, padding_mask)
+        rows, columns = self.check(tile_embeds, coords, padding_mask)
         weight = self.patch_embed.weight
         tiles = tile_embeds.to(weight.device, weight.dtype)
         if padding_mask is not None:  # what lies in padding is never read, NaN included
@@ -214,10 +217,29 @@ class LongNetSlideModel(LongNetPreTrainedModel):
         mask = None if padding_mask is None else nn.functional.pad(padding_mask, (1, 0), value=True)
         visible = see_both_ways(self.config, hidden_states, mask)
         hidden_states = self.dropout(hidden_states)
-        yield hidden_states, padding_mask
+        yield self._output(hidden_states, padding_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **visible, rotations=None, cache=None, columns={})
-            yield hidden_states, padding_mask
+            yield self._output(hidden_states, padding_mask)
+
+    def final(self, last: SlideOutput) -> SlideOutput:
+        """Return what `forward` returns, of the last output of `each_layer`."""
+        (hidden_states,) = last.hidden_states or ()
+        return self._output(self.layer_norm(hidden_states), last.padding_mask)
+
+    def check(self, tile_embeds: Tensor, coords: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Raise, or warn, of what `forward` would of a batch; return `check_coordinates`' rows and columns."""
+        _check_shapes(self.config, tile_embeds, coords, padding_mask)
+        return check_coordinates(self.config, coords, padding_mask)
+
+    def _output(self, hidden_states: Tensor, padding_mask: Tensor | None) -> SlideOutput:
+        return SlideOutput(
+            pooled=self._pool(hidden_states, padding_mask, "mean"),
+            cls=self._pool(hidden_states, padding_mask, "cls"),
+            last_hidden_state=hidden_states[:, 1:],
+            hidden_states=(hidden_states,),
+            padding_mask=padding_mask,
+        )
 
     def _pool(self, hidden_states: Tensor, padding_mask: Tensor | None, pool: Pool) -> Tensor:
         if pool == "cls":

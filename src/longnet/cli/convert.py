@@ -1,0 +1,98 @@
+"""`longnet convert`: torchscale's checkpoints → folders that from_pretrained reads, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cyclopts
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    kind: Literal["gigapath", "longvit", "lm"] = "gigapath",
+    num_heads: int = 16,
+    segment_lengths: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
+    dilation_rates: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
+    max_wsi_size: int = 262_144,
+    tile_size: int = 256,
+    deepnorm: bool = False,
+    scale_embedding: bool = False,
+    sinusoidal: bool = False,
+) -> None:
+    """Convert a checkpoint of torchscale into a folder that from_pretrained reads, or such a folder back.
+
+    A folder becomes torchscale's file: a .pth or .pt with the weights under "model", or a .safetensors of its names.
+    No number changes.
+
+    Parameters
+    ----------
+    source
+        A checkpoint of torchscale, or a folder.
+    target
+        A folder that is not there yet, or for a folder a file.
+    kind
+        What the checkpoint is: GigaPath's slide encoder, LongViT, or a causal language model.
+    num_heads
+        Query heads; no tensor tells.
+    segment_lengths
+        Of language models, and where they are not the usual ones.
+    dilation_rates
+        Likewise.
+    max_wsi_size
+        Of GigaPath: side of the largest slide in training, in pixels.
+    tile_size
+        Of GigaPath: side of a tile, in pixels.
+    deepnorm
+        Of language models: DeepNorm.
+    scale_embedding
+        Of language models: embeddings × √C.
+    sinusoidal
+        Of language models: fairseq's sinusoidal positions.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    import longnet
+    from longnet.data.writer import write_whole
+    from longnet.model.checkpoints import to_torchscale
+
+    if not source.exists():
+        raise FileNotFoundError(f"there is no {source}")
+    if target.exists():
+        raise FileExistsError(f"{target} is there already: choose another name")
+    if source.is_dir():
+        if target.suffix not in (".pth", ".pt", ".safetensors"):
+            raise ValueError(f"a folder becomes a .pth, .pt or .safetensors file, got {target}")
+        config = AutoConfig.from_pretrained(source)
+        name = (config.architectures or ["?"])[0]
+        kind_of_model = getattr(longnet, name, None)
+        if kind_of_model is None:
+            raise ValueError(f"{source} holds a {name}, which torchscale has no format for")
+        weights = to_torchscale(kind_of_model.from_pretrained(source))
+        if target.suffix == ".safetensors":
+            save_file({name: weight.clone() for name, weight in weights.items()}, target)
+        else:
+            with write_whole(target) as file:
+                torch.save({"model": weights}, file)
+        print(f"{len(weights)} tensors in {target}")
+        return
+    branches = segment_lengths or None, dilation_rates or None
+    model: torch.nn.Module
+    if kind == "gigapath":
+        model = longnet.load_gigapath(source, num_heads, *branches, max_wsi_size, tile_size)
+    elif kind == "longvit":
+        model = longnet.load_longvit(source, num_heads, *branches)
+    else:
+        if not segment_lengths or not dilation_rates:
+            raise ValueError("a language model needs --segment-lengths and --dilation-rates, which no tensor tells")
+        model = longnet.load_torchscale_lm(
+            source, num_heads, segment_lengths, dilation_rates,
+            deepnorm=deepnorm, scale_embedding=scale_embedding, sinusoidal=sinusoidal,
+        )  # fmt: skip
+    model.save_pretrained(target)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__}, {parameters:,} parameters, in {target}")

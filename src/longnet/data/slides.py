@@ -1,0 +1,159 @@
+"""Feature files of slides, as pathologists keep them: one a slide, tile embeddings and the tiles' coordinates."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".safetensors")
+
+_FEATURES = ("features", "feats", "tile_embeds", "embeddings")
+_COORDS = ("coords", "coordinates")
+_STEP = "patch_size_level0"
+
+
+class SlideFeatures(NamedTuple):
+    """One slide.
+
+    Attributes:
+        tile_embeds: (N, C), in the file's float dtype.
+        coords: (N, 2), pixels of level 0.
+        step: pixels of level 0 that a tile is wide, where the file says so.
+    """
+
+    tile_embeds: Tensor
+    coords: Tensor
+    step: float | None
+
+    def scaled(self, tile_size: int) -> SlideFeatures:
+        """Return the slide with coordinates that lie as if its tiles were `tile_size` wide: a tile, a position."""
+        if self.step is None or self.step == tile_size:
+            return self
+        return self._replace(coords=self.coords.to(torch.float64) * (tile_size / self.step))
+
+
+def find_slides(paths: Sequence[str]) -> list[Path]:
+    """Return the feature files that files, folders and globs name, in order, each once.
+
+    Raises:
+        ValueError: a path that names no feature file, or two files of one name, whose results would be one file.
+    """
+    found: list[Path] = []
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        else:
+            files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
+        if not files:
+            raise ValueError(f"{text} names no feature file: give .h5, .pt or .safetensors files, folders or globs")
+        found += files
+    found = list(dict.fromkeys(found))
+    names: dict[str, Path] = {}
+    for path in found:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path} is no feature file: known are {', '.join(SUFFIXES)}")
+        if path.stem in names:
+            raise ValueError(f"{names[path.stem]} and {path} would have one result, {path.stem}: encode them apart")
+        names[path.stem] = path
+    return found
+
+
+def count_tiles(path: Path) -> int:
+    """Return how many tiles a file holds; of HDF5 and safetensors without reading them.
+
+    Raises:
+        ValueError: a damaged or empty file, or one of another kind.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                return _tiles(path, file.get_slice(_name(path, file.keys(), _FEATURES)).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    if path.suffix in (".h5", ".hdf5"):
+        with _open_hdf5(path) as file:
+            return _tiles(path, file[_name(path, file, _FEATURES)].shape)
+    return len(read_slide(path).tile_embeds)
+
+
+def read_slide(path: Path) -> SlideFeatures:
+    """Read a feature file.
+
+    HDF5 and safetensors hold `features` (N, C) and `coords` (N, 2), or each with a leading 1, and may say
+    `patch_size_level0`, as an attribute of `coords` or of the file; .pt holds a dictionary of the same names.
+
+    Raises:
+        ValueError: a damaged or empty file, one without features or coordinates, or whose numbers differ.
+        ModuleNotFoundError: h5py is missing.
+    """
+    step: Any = None
+    if path.suffix in (".h5", ".hdf5"):
+        with _open_hdf5(path) as file:
+            features, coords = (file[_name(path, file, names)] for names in (_FEATURES, _COORDS))
+            step = coords.attrs.get(_STEP, file.attrs.get(_STEP))
+            try:
+                held = [torch.from_numpy(data[()]) for data in (features, coords)]
+            except (OSError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+    elif path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                held = [file.get_tensor(_name(path, file.keys(), names)) for names in (_FEATURES, _COORDS)]
+                step = (file.metadata() or {}).get(_STEP)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    else:
+        import pickle
+
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is damaged, or holds more than tensors: {str(error).splitlines()[0]}") from None
+        if isinstance(data, Tensor):
+            raise ValueError(f"{path} holds features without coords: save {{'features': …, 'coords': …}}")
+        held = [torch.as_tensor(data[_name(path, data, names)]) for names in (_FEATURES, _COORDS)]
+        step = data.get(_STEP)
+    features, coords = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in held)
+    tiles = _tiles(path, features.shape)
+    if features.ndim != 2 or coords.shape != (tiles, 2):
+        raise ValueError(
+            f"{path} must hold features (N, C) and coords (N, 2), got {tuple(features.shape)} and {tuple(coords.shape)}"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"{path} holds features that are not finite")
+    return SlideFeatures(features, coords, None if step is None else float(step))
+
+
+def _name(path: Path, held: Any, names: Sequence[str]) -> str:
+    for name in names:
+        if name in held:
+            return name
+    raise ValueError(f"{path} holds no {names[0]}: it holds {', '.join(sorted(held)) or 'nothing'}")
+
+
+def _tiles(path: Path, shape: Sequence[int]) -> int:
+    tiles = shape[1] if len(shape) == 3 and shape[0] == 1 else shape[0] if len(shape) else 0
+    if not tiles:
+        raise ValueError(f"{path} holds no tiles")
+    return int(tiles)
+
+
+def _open_hdf5(path: Path) -> Any:
+    try:
+        import h5py  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{path} is HDF5, which needs h5py: pip install 'longnet-torch[slides]'") from None
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,195 @@
+"""Slides of feature files → their embeddings, a file a slide: `longnet encode`."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from longnet.data.slides import SlideFeatures, count_tiles, read_slide
+from longnet.data.writer import write_whole
+from longnet.model.attention_maps import attention_received
+from longnet.model.slides import LongNetSlideModel, SlideOutput, collate_slides
+from longnet.plots import draw_heat_map
+
+Format = Literal["safetensors", "h5"]
+
+_SETTINGS = "encode.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is written of each slide.
+
+    Attributes:
+        layers: the mean-pooled and the CLS embedding after each layer.
+        tiles: every tile in its context.
+        heat_map: a picture of the attention that each tile receives in the last layer.
+        format: of the files.
+    """
+
+    layers: bool = False
+    tiles: bool = False
+    heat_map: bool = False
+    format: Format = "safetensors"
+
+
+class Encoded(NamedTuple):
+    """What became of a slide.
+
+    Attributes:
+        path: the feature file.
+        tiles: how many it holds; 0 where it could not be read.
+        problem: why it was skipped, or None.
+        notes: what was warned of.
+    """
+
+    path: Path
+    tiles: int
+    problem: str | None
+    notes: tuple[str, ...] = ()
+
+
+def begin(folder: Path, paths: Sequence[Path], wanted: Wanted, about: dict[str, Any]) -> list[Path]:
+    """Return the slides that are still to be encoded, and note the settings in the folder.
+
+    Args:
+        folder: of the results.
+        paths: feature files.
+        wanted: what is written.
+        about: the model and its settings; results of other settings are not mixed with these.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+    settings = json.loads(json.dumps({**about, **dataclasses.asdict(wanted)}))
+    noted = folder / _SETTINGS
+    if noted.exists():
+        held = json.loads(noted.read_text())
+        other = sorted(name for name in settings.keys() | held.keys() if settings.get(name) != held.get(name))
+        if other:
+            raise ValueError(
+                f"{folder} holds results of other settings ({', '.join(other)}): choose another folder, or delete it"
+            )
+    else:
+        with write_whole(noted) as file:
+            file.write(json.dumps(settings, indent=1).encode() + b"\n")
+    return [path for path in paths if not _result(folder, path, wanted).exists()]
+
+
+def encode(
+    model: LongNetSlideModel, paths: Sequence[Path], folder: Path, wanted: Wanted, *, batch_tiles: int
+) -> Iterator[Encoded]:
+    """Encode slides, those of like length together, and write a file for each, whole or not at all.
+
+    Args:
+        model: the slide encoder.
+        paths: feature files.
+        folder: of the results: `pooled` and `cls` (C,), on request `layers_mean` and `layers_cls` (L + 1, C), `tiles`
+            (N, C), all float32.
+        wanted: what is written.
+        batch_tiles: tiles of a batch, padding included; a longer slide goes alone.
+
+    Yields:
+        What became of each slide; one that cannot be read or has wrong coordinates is skipped and says why.
+    """
+    lengths: dict[Path, int] = {}
+    for path in paths:
+        try:
+            lengths[path] = count_tiles(path)
+        except (ValueError, OSError) as error:
+            yield Encoded(path, 0, str(error))
+    for batch in _batches(lengths, batch_tiles):
+        slides: list[SlideFeatures] = []
+        read: list[Path] = []
+        for path in batch:
+            try:
+                slide = read_slide(path).scaled(model.config.tile_size)
+                notes = _try(model, slide)
+            except (ValueError, OSError) as error:
+                yield Encoded(path, 0, str(error))
+                continue
+            slides.append(slide)
+            read.append(path)
+            lengths[path] = len(slide.tile_embeds)
+            if notes:
+                yield Encoded(path, 0, None, notes)
+        if slides:
+            _encode(model, slides, [_result(folder, path, wanted) for path in read], wanted)
+        yield from (Encoded(path, lengths[path], None) for path in read)
+
+
+def _encode(model: LongNetSlideModel, slides: list[SlideFeatures], results: list[Path], wanted: Wanted) -> None:
+    inputs = collate_slides([(slide.tile_embeds.float(), slide.coords) for slide in slides])
+    if len(slides) == 1:
+        inputs.pop("padding_mask")
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # each slide's were noted when it was read
+        layers: dict[str, list[Tensor]] = {"mean": [], "cls": []}
+        output = SlideOutput()
+        for output in model.each_layer(**inputs):
+            if wanted.layers:
+                layers["mean"].append(output.pooled)
+                layers["cls"].append(output.cls)
+        final = model.final(output)
+    maps = None
+    if wanted.heat_map:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            maps = attention_received(model, **inputs, layer=-1)
+    for row, (slide, path) in enumerate(zip(slides, results, strict=True)):
+        tensors = {"pooled": final.pooled[row], "cls": final.cls[row]}
+        for pool, states in layers.items() if wanted.layers else ():
+            tensors[f"layers_{pool}"] = torch.stack([state[row] for state in states])
+        if wanted.tiles:
+            tensors["tiles"] = final.last_hidden_state[row, : len(slide.tile_embeds)]
+        if maps is not None:
+            received = maps[row, 1 : len(slide.tile_embeds) + 1].cpu()
+            with write_whole(path.with_suffix(".png")) as file:
+                draw_heat_map(slide.coords.numpy(), received.numpy(), model.config.tile_size, file)
+        _write(path, {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, wanted.format)
+
+
+def _try(model: LongNetSlideModel, slide: SlideFeatures) -> tuple[str, ...]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.check(slide.tile_embeds[None].float(), slide.coords[None])
+    return tuple(str(warning.message) for warning in caught)
+
+
+def _batches(lengths: dict[Path, int], batch_tiles: int) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    for path in sorted(lengths, key=lambda path: (lengths[path], path)):
+        if batch and lengths[path] * (len(batch) + 1) > batch_tiles:
+            yield batch
+            batch = []
+        batch.append(path)
+    if batch:
+        yield batch
+
+
+def _result(folder: Path, path: Path, wanted: Wanted) -> Path:
+    return folder / f"{path.stem}.{wanted.format}"
+
+
+def _write(path: Path, tensors: dict[str, Tensor], form: Format) -> None:
+    if form == "safetensors":
+        data = save(tensors)
+    else:
+        import h5py  # type: ignore[import-untyped]  # noqa: PLC0415  # an extra
+
+        held = io.BytesIO()
+        with h5py.File(held, "w") as file:
+            for name, tensor in tensors.items():
+                file[name] = tensor.numpy()
+        data = held.getvalue()
+    with write_whole(path) as file:
+        file.write(data)

@@ -1,0 +1,114 @@
+"""`longnet encode` and `longnet convert`, from feature files to embeddings."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import longnet
+from longnet.data.slides import read_slide
+
+_SIZES = {
+    "feature_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "segment_lengths": (8, 16, 32), "dilation_rates": (1, 2, 4),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder, and slides in every form, some of them no slides."""
+    torch.manual_seed(0)
+    at = tmp_path_factory.mktemp("slides")
+    longnet.LongNetSlideModel(longnet.LongNetSlideConfig(**_SIZES)).save_pretrained(at / "model")
+    (at / "h5").mkdir()
+    for name, tiles in {"a": 40, "b": 23, "c": 41}.items():
+        side = int(tiles**0.5) + 1
+        places = np.stack([np.arange(tiles) // side, np.arange(tiles) % side], 1)
+        with h5py.File(at / "h5" / f"{name}.h5", "w") as file:
+            file["features"] = np.random.default_rng(tiles).normal(size=(tiles, 12)).astype(np.float16)
+            file["coords"] = places * 512
+            file["coords"].attrs["patch_size_level0"] = 512
+    slide = read_slide(at / "h5" / "b.h5")
+    torch.save({"features": slide.tile_embeds, "coords": slide.coords, "patch_size_level0": 512}, at / "d.pt")
+    save_file(
+        {"features": slide.tile_embeds, "coords": slide.coords}, at / "e.safetensors", {"patch_size_level0": "512"}
+    )
+    return at
+
+
+def test_a_file_a_slide_and_each_as_if_alone(folder, tmp_path, call, capsys):
+    out = tmp_path / "out"
+    command = ("encode", folder / "model", folder / "h5", folder / "d.pt", folder / "e.safetensors", "-o", out)
+    assert call(*command, "--layers", "--tiles", "--heat-map") == 0
+    assert "5 slides, 150 tiles" in capsys.readouterr().out
+    model = longnet.load_gigapath(folder / "model")
+    for name, tiles in {"a": 40, "b": 23, "c": 41}.items():
+        got = load_file(out / f"{name}.safetensors")
+        slide = read_slide(folder / "h5" / f"{name}.h5")
+        with torch.no_grad():
+            want = model(slide.tile_embeds, slide.coords // 2)
+            layers = model.layer_embeddings(slide.tile_embeds, slide.coords // 2, pool="cls")
+        for key, value in (("pooled", want.pooled[0]), ("cls", want.cls[0]), ("tiles", want.last_hidden_state[0])):
+            torch.testing.assert_close(got[key], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(got["layers_cls"], layers[:, 0], rtol=0, atol=1e-5)
+        assert got["layers_mean"].shape == (3, 32)
+        assert got["tiles"].shape == (tiles, 32)
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("d", "e"):
+        for key, value in load_file(out / "b.safetensors").items():
+            torch.testing.assert_close(load_file(out / f"{name}.safetensors")[key], value, rtol=0, atol=1e-5)
+    (out / "b.safetensors").unlink()
+    before = (out / "a.safetensors").stat().st_mtime_ns
+    assert call(*command, "--layers", "--tiles", "--heat-map") == 0
+    assert "1 slides, 23 tiles" in capsys.readouterr().out
+    assert (out / "a.safetensors").stat().st_mtime_ns == before
+    assert call(*command, "--tail", "exact") == 2
+    assert "holds results of other settings" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named_skipped_and_counted(folder, tmp_path, call, capsys):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    whole = (folder / "h5" / "a.h5").read_bytes()
+    (bad / "good.h5").write_bytes(whole)
+    (bad / "torn.h5").write_bytes(whole[: len(whole) // 2])
+    (bad / "nothing.h5").write_bytes(b"")
+    (bad / "torn.pt").with_name("broken.pt").write_bytes(b"PK\x03\x04")
+    torch.save(torch.zeros(5, 12), bad / "tensor.pt")
+    with h5py.File(bad / "empty.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((0, 12)), np.zeros((0, 2))
+    with h5py.File(bad / "unplaced.h5", "w") as file:
+        file["features"] = np.zeros((40, 12))
+    with h5py.File(bad / "level.h5", "w") as file:
+        slide = read_slide(folder / "h5" / "a.h5")
+        file["features"], file["coords"] = slide.tile_embeds.numpy(), slide.coords.numpy() // 512
+    with h5py.File(bad / "wide.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((5, 7)), np.arange(10).reshape(5, 2) * 256
+    status = call("encode", folder / "model", bad, "-o", tmp_path / "out", "--format", "h5")
+    said = capsys.readouterr()
+    assert status == 2
+    assert "8 of 9 slides were skipped" in said.err
+    for reason in (
+        "torn.h5 is damaged", "nothing.h5 is damaged", "broken.pt is damaged",
+        "tensor.pt holds features without coords",
+        "empty.h5 holds no tiles", "unplaced.h5 holds no coords", "multiply them by 256", "got 7: they are of another",
+    ):  # fmt: skip
+        assert reason in said.err
+    with h5py.File(tmp_path / "out" / "good.h5") as file:
+        assert file["pooled"].shape == (32,)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["encode.json", "good.h5"]
+
+
+def test_convert_there_and_back(folder, tmp_path, call, capsys):
+    assert call("convert", folder / "model", tmp_path / "slides.pth") == 0
+    settings = ("--num-heads", 4, "--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4")
+    assert call("convert", tmp_path / "slides.pth", tmp_path / "again", *settings) == 0
+    before, after = (load_file(at / "model.safetensors") for at in (folder / "model", tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    capsys.readouterr()
+    assert call("convert", tmp_path / "slides.pth", tmp_path / "again") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert call("convert", tmp_path / "slides.pth", tmp_path / "lm", "--kind", "lm") == 2
+    assert "--segment-lengths" in capsys.readouterr().err
