@@ -1,9 +1,14 @@
-"""docs/huggingface.md and docs/streaming.md run as they stand."""
+"""docs/huggingface.md, docs/streaming.md and docs/pathology.md run as they stand."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from longnet.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 STREAMING = PAGE.with_name("streaming.md")
@@ -28,3 +33,23 @@ def test_the_blocks_of_the_streaming_page_run(tmp_path, monkeypatch):
     for number, block in enumerate(blocks):
         exec(compile(block, f"{STREAMING.name} block {number}", "exec"), names)  # noqa: S102
     assert names["far"].get_seq_length() == 10**9 + 500
+
+
+def test_the_blocks_of_the_pathology_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.with_name("pathology.md")
+    blocks = re.findall(r"^```(python|console)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert [kind for kind, _ in blocks].count("console") == 2
+    names = {}
+    for number, (kind, block) in enumerate(blocks):
+        if kind == "python":
+            exec(compile(block, f"{page.name} block {number}", "exec"), names)  # noqa: S102
+            continue
+        monkeypatch.setattr(sys, "argv", shlex.split(block.removeprefix("$ ")))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code, block
+    assert names["error"] < 1e-5
+    assert names["losses"][-1] < names["losses"][0]
+    assert (tmp_path / "embeddings" / "c.png").exists()
+    assert (tmp_path / "slide_encoder.pth").exists()
