@@ -31,6 +31,40 @@ def test_the_fused_kernels_err_no_more_than_plain_pytorch(case, dtype):
         assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=100)
+@given(case=cases(head_dims=(16, 24, 64, 128), max_tokens=300))
+def test_the_fused_kernel_errs_no_more_than_plain_pytorch(case, dtype):
+    case.q, case.k, case.v = (x.to(dtype).double() for x in (case.q, case.k, case.v))
+    exact, plain = case.run("reference", torch.float64), case.run("reference", dtype)
+    logit, magnitudes = case.magnitudes()
+    for name, got in case.run("triton", dtype, device="cuda").items():
+        factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
+        assert_as_good_as_plain(
+            name, got, plain[name], exact[name], factor, rounding_floor(dtype, logit, magnitudes[name])
+        )
+
+
+def test_the_fused_kernel_has_no_races():
+    """250 runs, the same bits: what the interpreter, which runs one program after the other, cannot show."""
+    q, k, v = (torch.randn(2, 8, 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    pattern = DilationPattern((512, 1024, 4096), (1, 3, 8))
+
+    def run():
+        out = dilated_attention(q, k, v, pattern, is_causal=True, backend="triton")
+        return out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))
+
+    first = run()
+    want = dilated_attention(q, k, v, pattern, is_causal=True)
+    torch.testing.assert_close(first[0], want, atol=2e-2, rtol=2e-2)
+    for _ in range(250):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_merging_in_one_launch_proves_itself():
+    assert dispatch.merge_on(torch.device("cuda")) is dispatch.launch.merge_
+
+
 LAYOUTS = {
     "BHTD": lambda x: x.contiguous(),
     "BTHD": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),

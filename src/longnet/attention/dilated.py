@@ -115,7 +115,7 @@ def dilated_attention(
     q, k, v = cast_under_autocast(q, k, v)
     _check(q, k, v, pattern, padding_mask, cu_seqlens, sinks, dropout_p)
     if mesh is not None:
-        if q.shape[2] != k.shape[2] or backend == "reference":
+        if q.shape[2] != k.shape[2] or backend not in ("auto", "sdpa"):
             raise ValueError('across ranks there must be as many queries as keys, and a backend of tiles: "auto"')
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         slices = gather_slices(

@@ -9,6 +9,7 @@ from longnet import DilationPattern, dilated_attention
 from longnet.attention.backends import cuda, dispatch
 from longnet.attention.merge import merge_
 from longnet.attention.plan import Tile
+from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 
 CUDA = torch.device("cuda")
 
@@ -140,6 +141,12 @@ def test_auto_says_once_what_it_took(caplog):
     assert "kernel flash (CPU)" in on_cpu
     assert "cuDNN runs on CUDA, not on cpu" in on_cpu
     assert "kernel cuDNN for whole segments, flash (CUDA) for all else" in on_cuda
+
+
+def test_tiles_are_not_the_fused_kernels():
+    q = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match='backend="triton" computes dilated_attention as one'):
+        sparse_fixed_attention(q, q, q, SparseFixedPattern(4, 1), backend="triton")
 
 
 def test_what_nothing_can_run_is_refused_with_every_reason():

@@ -132,6 +132,8 @@ def _switches() -> tuple[bool, ...]:
 def _choose(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, _switched: tuple[bool, ...]
 ) -> Kernels:
+    if backend == launch.NAME:
+        raise ValueError(f'backend="{backend}" computes dilated_attention as one, and nothing else yet: take "auto"')
     if backend not in ("auto", "sdpa"):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
     refused = refusals(device, dtype, head_dim)

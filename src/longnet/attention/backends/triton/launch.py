@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import os
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,8 @@ def attend(
         return out, lse
     acc = torch.empty(*q.shape, dtype=torch.float32, device=q.device)
     logits = lse if sinks is None else _per_query(sinks, q)
-    forward.attend[work.shape[0], num_heads](
+    _launch(
+        forward.attend, (work.shape[0], num_heads),
         q, k, v, logits, out, acc, lse, tables.branches, tables.offsets, work,
         len(whole.pattern.branches), tables.covering, num_heads, k.shape[1], tokens, k.shape[2] - tokens, length,
         scale * _LOG2_E,
@@ -134,7 +136,8 @@ def attend_backward(
     if not work.shape[0]:
         return dq, dk, dv
     acc = torch.empty(*q.shape, dtype=torch.float32, device=q.device)
-    backward.backward_queries[work.shape[0], num_heads](
+    _launch(
+        backward.backward_queries, (work.shape[0], num_heads),
         dout, q, k, v, out, lse, delta, dq, acc, tables.branches, tables.offsets, work,
         count, tables.covering, num_heads, num_kv_heads, tokens, skipped, length, scale, scale * _LOG2_E,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dq.stride()[:3],
@@ -143,7 +146,8 @@ def attend_backward(
     length = block_length(tables.most, key_blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
     work = _work(whole.runs, length, 0, q.device)
     sums = torch.empty(2, *k.shape, dtype=torch.float32, device=q.device)
-    backward.backward_keys[work.shape[0], num_kv_heads](
+    _launch(
+        backward.backward_keys, (work.shape[0], num_kv_heads),
         dout, q, k, v, lse, delta, dk, dv, sums, tables.branches, tables.offsets, work,
         count, num_heads, num_kv_heads, all_tokens, tokens, skipped, length, k.numel(), scale, scale * _LOG2_E,
         *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
@@ -159,11 +163,18 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
 
     batch_size, num_heads, count, head_dim = out.shape
     rows = max(16, 4096 // padded(head_dim))
-    merge.merge[-(-count // rows), num_heads, batch_size](
+    _launch(
+        merge.merge, (-(-count // rows), num_heads, batch_size),
         out, lse, tile_out, tile_lse, count,
         *out.stride()[:3], *lse.stride(), *tile_out.stride()[:3], *tile_lse.stride(),
         ROWS=rows, D=head_dim, DP=padded(head_dim), num_warps=4,
     )  # fmt: skip
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch on the device of the first tensor, which Triton would not ask for."""
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        kernel[grid](x, *arguments, **constants)
 
 
 def padded(head_dim: int) -> int:
@@ -197,7 +208,7 @@ def key_blocks_of(dtype: torch.dtype, head_dim: int) -> Blocks:
         return Blocks(32, 64, 4, 2)
     if head_dim <= 64:
         return Blocks(32, 64, 8, 2)
-    return Blocks(32, 64, 8, 2) if head_dim <= 128 else Blocks(32, 32, 8, 1)
+    return Blocks(32, 64, 8, 1) if head_dim <= 128 else Blocks(32, 32, 8, 1)
 
 
 class _Tables(NamedTuple):
