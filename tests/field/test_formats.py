@@ -10,6 +10,7 @@
 | tried here | `--exclude a/b` that never matches, in silence | it matches; what meets nothing is told |
 | tried here | `prepare ""`, an unset variable: the current directory | one line, status 2 |
 | tried here | FASTA on one line | a document a record, in pieces |
+| huggingface/tokenizers#497, #1313 | `--train-bpe` on unbroken text: 1 MB has no end | seconds (`test_tokenizer.py`) |
 """
 
 import bz2

@@ -2,7 +2,7 @@
 
 | source | instance | right value |
 |---|---|---|
-| tried here | positions beyond a GPT-2's table: IndexError | one line that names the table and its length |
+| huggingface/evaluate#532 | positions beyond a GPT-2's table: IndexError | one line that names the table |
 | tried here | all of validation is `<unk>`: ZeroDivisionError | one line before the training |
 | tried here | `stream` of one token: IndexError | one line |
 | tried here | more memory than there is: a traceback | one line |
@@ -82,3 +82,9 @@ def test_too_little_memory(call, run_folder, words, capsys, monkeypatch, error):
     monkeypatch.setattr("longnet.evaluation.scoring.refuse_sight_of_later_tokens", lambda _: None)
     assert call("evaluate", run_folder, words, "--contexts", "16") == 2
     assert "out of memory: give fewer tokens at a time" in one_line(capsys)
+
+
+def test_two_tokens(call, run_folder, tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("a")  # and the end of a document
+    assert call("stream", run_folder, tmp_path / "one.txt", "-o", tmp_path / "out") == 0
+    assert "loss" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 | source | instance | right value |
 |---|---|---|
-| tried here | `prepare hf:x` resumed into a connection error: 16.8M tokens deleted | they stay, and it goes on |
+| huggingface/datasets#6172 | `prepare hf:x` resumed without a network: all tokens deleted | they stay; it goes on |
 | tried here | a read error of the disk, taken for a damaged file | likewise |
 | tried here | `.unfinished/state.json` damaged: "Expecting value: line 1 …" | one line; `--overwrite` begins anew |
 """

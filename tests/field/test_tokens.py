@@ -2,7 +2,7 @@
 
 | source | instance | right value |
 |---|---|---|
-| tried here | `truncation` in a tokenizer.json: 64 of 18,801 tokens, status 0 | all of them |
+| daulet/tokenizers#30 | `truncation` in a tokenizer.json: 64 of 18,801 tokens, status 0 | all of them |
 | tried here | the text of a special token in a file | text, in both |
 | tried here | Chinese on one line, cut between the bytes of a character | no U+FFFD that the file has not |
 | tried here | a file edited to the same size between a stop and `--resume` | one line: of another source |

@@ -2,7 +2,7 @@
 
 | source | instance | right value |
 |---|---|---|
-| tried here | names prefixed `_orig_mod.`, as torch.compile saves them | the same weights as without it |
+| pytorch/pytorch#101107 | names prefixed `_orig_mod.`, as torch.compile saves them | the same weights as without it |
 | tried here | a config.json with another number of layers, or width | one line that names the weights, status 2 |
 | tried here | `model.safetensors` cut off | one line, status 2 |
 | tried here | NaN in a weight | one line that names it, status 2 |

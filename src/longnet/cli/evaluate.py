@@ -69,6 +69,7 @@ def evaluate(
     from longnet.evaluation.passkey import doubling_distances, iterate_passkey, make_prompts
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation
+    from longnet.evaluation.scoring import refuse_more_positions
     from longnet.measurement import find_device, provenance
 
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
@@ -88,7 +89,8 @@ def evaluate(
     if passkey:
         far = distances or doubling_distances(max(asked))
     for distance in far:
-        make_prompts(tokenizer, token_data.validation, distance, trials=1)
+        (prompt,) = make_prompts(tokenizer, token_data.validation, distance, trials=1)
+        refuse_more_positions(loaded.model, len(prompt.told) + len(prompt.key))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with console.status("scoring …"):
         results = list(

@@ -148,7 +148,8 @@ def stream(
     }
     (output / "stream.json").write_text(json.dumps(about, indent=1) + "\n")
     mark = None if trained is None or trained > sums.tokens else (trained, "training length")
-    draw_by_position(about["by_position"], output / "stream.svg", mark=mark)
+    if len(about["by_position"]) > 1:  # the first position has no place on the axis
+        draw_by_position(about["by_position"], output / "stream.svg", mark=mark)
     growth = "" if sums.peak_bytes_early is None else f", {sums.peak_bytes / sums.peak_bytes_early:.3f} × that at 16M"
     console.print(
         f"loss {sums.loss:.4f} nats per token; {sums.tokens / sums.seconds:,.0f} tokens/s, "

@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longnet.evaluation.perplexity import mean_difference
-from longnet.evaluation.scoring import refuse_more_positions
 
 if TYPE_CHECKING:
     from longnet.data.shards import Split
@@ -98,7 +97,6 @@ def iterate_passkey(
     try:
         for distance in sorted(set(distances)):
             prompts = make_prompts(tokenizer, split, distance, trials=trials, seed=seed)
-            refuse_more_positions(model, len(prompts[0].told) + len(prompts[0].key))
             exact, losses = _answers(model, prompts, batch_tokens, torch.device(device), is_told=True)
             _, control = _answers(model, prompts, batch_tokens, torch.device(device), is_told=False)
             gain = mean_difference(control - losses)
