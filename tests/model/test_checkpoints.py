@@ -211,6 +211,10 @@ def test_converted_there_and_back_no_bit_changes(tmp_path):
     model.save_pretrained(tmp_path / "folder")
     again = longnet.load_gigapath(tmp_path / "folder", tail="exact")
     assert again.config.tail == "exact"
+    other = longnet.load_gigapath(tmp_path / "folder", tile_size=512, segment_lengths=(8, 16), dilation_rates=(1, 2))
+    assert (other.config.tile_size, other.config.segment_lengths) == (512, (8, 16))
+    with pytest.raises(ValueError, match="is of 4 heads, got num_heads=8"):
+        longnet.load_gigapath(tmp_path / "folder", num_heads=8)
     assert again.config.segment_lengths == model.config.segment_lengths
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     for kind in _KINDS:

@@ -64,6 +64,15 @@ def test_tiles_that_overlap_by_half_are_fine(model):
     check_coordinates(model.config, coords[None] // 2)
 
 
+def test_a_batch_of_coordinates_of_several_dtypes_keeps_them():
+    slides = [a_slide(20), a_slide(33)]
+    mixed = longnet.collate_slides([slides[0], (slides[1][0], slides[1][1].double() + 0.5)])
+    assert mixed["coords"].dtype == torch.float64
+    assert torch.equal(mixed["coords"][1], slides[1][1] + 0.5)
+    with pytest.raises(ValueError, match=r"got torch\.float16"):
+        longnet.collate_slides([slides[0], (slides[1][0], slides[1][1].half())])
+
+
 def test_order_is_warned_of(model):
     tiles, coords = a_slide(40)
     other = coords[:, 1].argsort(stable=True)

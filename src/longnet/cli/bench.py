@@ -298,15 +298,13 @@ def bench_slides(
     place = find_device(device, option="--device")
     output = _folder(output, quick=False)
     at_least_one(tiles=min(tiles, default=1))
-    rows = []
     try:
         for row in slides.run(
             tiles or slides.TILES, place, dense_tiles=slides.DENSE_TILES if dense_tiles is None else dense_tiles
         ):
-            rows.append(row)
+            record.append([row], output / "slides.jsonl", place)
             print(", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
                             for name, value in row.items()), flush=True)  # fmt: skip
     except slides.GateError as error:
         sys.exit(f"longnet: {error}")
-    record.append(rows, output / "slides.jsonl", place)
     print(f"rows in {output / 'slides.jsonl'}")

@@ -131,6 +131,8 @@ def read_slide(path: Path) -> SlideFeatures:
         )
     if not bool(torch.isfinite(features).all()):
         raise ValueError(f"{path} holds features that are not finite")
+    if not coords.is_floating_point():
+        coords = coords.to(torch.int64)  # some write uint32
     return SlideFeatures(features, coords, None if step is None else float(step))
 
 

@@ -27,6 +27,7 @@ from longnet.positions import RotaryPositions, turn_steps
 
 _Model = TypeVar("_Model", bound=LongNetPreTrainedModel)
 
+_HEADS, _MAX_WSI_SIZE, _TILE_SIZE = 16, 262_144, 256  # the authors'
 _RATES = (1, 2, 4, 8, 16)
 _LAYER = re.compile(r"(.*?)layers\.(\d+)\.(.*)")
 # Inside a layer: theirs, ours; the first that fits counts.
@@ -70,11 +71,11 @@ _OF_MODEL: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
 
 def load_gigapath(
     path: str | Path,
-    num_heads: int = 16,
+    num_heads: int = _HEADS,
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
-    max_wsi_size: int = 262_144,
-    tile_size: int = 256,
+    max_wsi_size: int = _MAX_WSI_SIZE,
+    tile_size: int = _TILE_SIZE,
     tail: TailKind | None = None,
     classifier_layers: Sequence[int] = (11,),
 ) -> LongNetSlideModel | LongNetForSlideClassification:
@@ -84,7 +85,7 @@ def load_gigapath(
 
     Args:
         path: `slide_encoder.pth`, a .safetensors file with its names, or a folder that `save_pretrained` or
-            `longnet convert` wrote, which knows its own settings; those given here replace them.
+            `longnet convert` wrote, which knows its own settings; those given here, other than the defaults, replace them.
         num_heads: query heads.
         segment_lengths: w_i in tiles; from max_wsi_size and tile_size when None, as the authors do
             (`longnet.model.slides.segments_for`).
@@ -111,6 +112,14 @@ def load_gigapath(
         replaced["tail"] = tail
     if Path(path).is_dir():
         config = LongNetSlideConfig.from_pretrained(path)
+        if num_heads not in (_HEADS, config.num_attention_heads):
+            raise ValueError(
+                f"{path} is of {config.num_attention_heads} heads, got num_heads={num_heads}: leave it out"
+            )
+        if tile_size != _TILE_SIZE:
+            replaced["tile_size"] = tile_size
+        if max_wsi_size != _MAX_WSI_SIZE and segment_lengths is None:
+            replaced["segment_lengths"] = segments_for(max_wsi_size, tile_size)
         kind = LongNetForSlideClassification if _holds(config, LongNetForSlideClassification) else LongNetSlideModel
         return kind.from_pretrained(path, **replaced)
     weights = _read(path)

@@ -299,11 +299,7 @@ def check_coordinates(
         ValueError: half-precision coordinates, coordinates that are not finite or beyond the grid, tiles that nearly
             all share a few positions.
     """
-    if coords.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"coords must be int64, float32 or float64, got {coords.dtype}, which cannot tell tiles apart: "
-            "keep coordinates out of autocast and of model.half()"
-        )
+    _refuse_half(coords)
     places = coords.detach().to("cpu", torch.float64)
     real = torch.ones(places.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask.cpu()
     places = torch.where(real[..., None], places, 0.0)
@@ -320,6 +316,14 @@ def check_coordinates(
     for row in range(len(cells)):
         _check_spread(config, places[row][real[row]], cells[row][real[row]])
     return cells[..., 0], cells[..., 1]
+
+
+def _refuse_half(coords: Tensor) -> None:
+    if coords.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"coords must be int64, float32 or float64, got {coords.dtype}, which cannot tell tiles apart: "
+            "keep coordinates out of autocast and of model.half()"
+        )
 
 
 def _check_spread(config: LongNetSlideConfig, places: Tensor, cells: Tensor) -> None:
@@ -404,6 +408,9 @@ def collate_slides(slides: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]
                 f"slide {number} must be (tiles (N, {len(slides[0][0].T)}), coords (N, 2)) with N ≥ 1, got "
                 f"{tuple(tiles.shape)}, {tuple(coords.shape)}"
             )
+        _refuse_half(coords)
+    if len({coords.dtype for _, coords in slides}) > 1:
+        slides = [(tiles, coords.to(torch.float64)) for tiles, coords in slides]
     longest = max(len(tiles) for tiles, _ in slides)
     mask = torch.arange(longest) < torch.tensor([len(tiles) for tiles, _ in slides])[:, None]
     padded = [nn.utils.rnn.pad_sequence([slide[part] for slide in slides], batch_first=True) for part in (0, 1)]
