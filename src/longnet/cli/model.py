@@ -62,7 +62,7 @@ def load_model(
         )
     folder = model_folder(path)
     if attention is not None and attention not in (names := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
-        own = sorted((name for name in names if "|" not in name), key=lambda name: name not in OURS)
+        own = [*OURS, *(name for name in names if "|" not in name and name not in OURS)]
         raise ValueError(f"there is no attention {attention!r}: choose one of {', '.join(own)}")
     keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if dtype is not None:
