@@ -66,8 +66,11 @@ def test_an_unknown_key_names_the_nearest_field(key, says, tmp_path):
         AutoConfig.from_pretrained(tmp_path, **{key: 1})
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: 1}))
-    with pytest.raises(TypeError, match=says):
-        AutoConfig.from_pretrained(tmp_path)
+    if key == "qqqq":  # near to nothing of ours: others may have set it before the folder was saved
+        assert AutoConfig.from_pretrained(tmp_path).qqqq == 1
+    else:
+        with pytest.raises(TypeError, match=says):
+            AutoConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """LongNetConfig: what a LongNet is, under Hugging Face's names, and the sizes that have names."""
 
 import difflib
+import inspect
 import math
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Self, get_args, get_origin
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from longnet.attention.pattern import DilationPattern, HeadOffsets, Queries
@@ -184,6 +185,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration of a dictionary, with fields replaced by `kwargs`; see transformers.
 
+        A dictionary that was saved may hold what others have set on the configuration; it is kept.
+
         Raises:
             TypeError: beside the errors of the constructor, a keyword that nobody reads.
         """
@@ -192,10 +195,16 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         if kwargs.get("attn_implementation") is None:  # before 5.4 it would forget what the dictionary says
             kwargs["attn_implementation"] = config_dict.get("attn_implementation")
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        foreign = {}
+        if "transformers_version" in config_dict:  # saved, with what others set on it: tokenizer_class, say
+            foreign = {name: value for name, value in config_dict.items() if _is_of_others(name)}
+            config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
         config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
+        for name, value in foreign.items():
+            setattr(config, name, value)
         if return_unused_kwargs:
             return config, unused
-        unknown = unused.keys() - _OF_LOADING
+        unknown = {name for name, value in unused.items() if value is not None} - _OF_LOADING
         if unknown:
             raise _unknown(sorted(unknown))
         return config
@@ -290,6 +299,13 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
                 f"all segments of {self.segment_lengths} end together: set xpos_scale_base to {enough} or more, or "
                 "position_embedding='rope'"
             )
+
+
+def _is_of_others(name: str) -> bool:
+    """Say whether a key is neither this configuration's, nor transformers', nor one of this one's misspelt."""
+    known = _own_fields() | _OF_TRANSFORMERS | _ALIASES.keys() | set(inspect.signature(PreTrainedConfig).parameters)
+    known |= PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
+    return name not in known and not difflib.get_close_matches(name, list(_own_fields()), n=1, cutoff=0.7)
 
 
 def _own_fields() -> set[str]:

@@ -57,7 +57,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -75,15 +74,16 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
                 that is −100.
             logits_to_keep: compute logits of the last so many tokens only, 0 for all, or of the given indices, (n,) or
                 (B, n). The loss is over all labels whatever this says.
-            shift_labels: (B, T), instead of labels, already shifted.
             num_items_in_batch: what the sum of losses is divided by, instead of the labels asked for.
             past_key_values: the cache by its name before transformers 5.24, instead of `cache`.
-            **kwargs: as LongNetModel's.
+            **kwargs: as LongNetModel's; `shift_labels` (B, T), instead of labels, already shifted. It is no argument of
+                its own, since transformers' Trainer takes each whose name has "label" for one that every batch holds.
 
         Returns:
             loss, None without labels. logits (B, T or fewer, V), **None where labels are given in training**: there
             they are never held for all tokens (`longnet.model.loss`).
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
