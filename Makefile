@@ -1,7 +1,8 @@
 # make demo   installs into .venv, learns Python's standard library for five minutes, shows what context is worth
 # make test   installs and tests; make check lints, types and layers; make fix formats
+# make docs   builds the documentation into build/site, any warning an error, and follows every link
 # make wheel  builds dist/longnet_torch-….whl, recipes and types inside
-.PHONY: install fix check test test-oldest test-deep test-gpu test-wheel test-browser wheel bench demo
+.PHONY: install fix check test test-oldest test-deep test-gpu test-wheel test-browser wheel docs bench demo
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -72,6 +73,9 @@ test-wheel: wheel
 test-browser: install
 	$(BIN)/pip install --quiet $(CONSTRAINTS:%=--constraint %) playwright
 	$(PYTEST) -m browser tests/browser
+
+docs: install
+	$(BIN)/python docs/site.py
 
 test-deep: install
 	$(PYTEST) --numprocesses 2 --dist loadfile -m "not gpu and not browser" --hypothesis-profile deep --timeout 36000
