@@ -1,5 +1,6 @@
 """The fused kernels without a GPU: interpreted, in a process of its own, and compiled ahead of time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +65,18 @@ def compiled(row):
 def test_compiled_without_a_gpu(architecture, kernel, dtype, head_dim, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled(kernels.compile_one(architecture, kernel, dtype, head_dim))
+
+
+def test_the_table_of_compiled_kernels_is_whole_and_within_bounds():
+    file = Path(__file__).parents[3] / "benchmarks/results/triton_kernels.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {(row["architecture"], row["kernel"], row["dtype"], row["head_dim"]) for row in rows}
+    wanted = {
+        (f"sm_{architecture}{'a' * (architecture > 80)}", kernel, str(dtype).removeprefix("torch."), head_dim)
+        for architecture, kernel, dtype, head_dim in kernels.cases()
+    }
+    assert found == wanted
+    for row in rows:
+        compiled(row)
+        blocks = kernels.blocks_of(row["kernel"], getattr(torch, row["dtype"]), row["head_dim"])
+        assert blocks == tuple(row[name] for name in blocks._fields), "compiled with other blocks than are launched"
