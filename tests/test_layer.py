@@ -111,3 +111,18 @@ def test_it_compiles_whole():
     x = torch.randn(1, 20, 16)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, is_causal=True), layer(x, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"attn_mask": None}, "attn_mask: an arbitrary mask cannot be honoured: is_causal, padding_mask"),
+        ({"enable_gqa": True}, "enable_gqa: grouped heads need no flag"),
+        ({"key_padding_mask": None}, "padding_mask, True for a real token: pass the opposite"),
+        ({"speed": 9}, "speed: dilated_attention has no such keyword"),
+    ],
+)
+def test_the_op_says_what_to_do_instead_of_keywords_of_sdpa(keywords, message):
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(TypeError, match=message):
+        dilated_attention(q, q, q, DILATED, **keywords)

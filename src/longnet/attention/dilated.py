@@ -17,6 +17,14 @@ from longnet.attention.plan import Whole, plan, runs_of
 from longnet.attention.registration import Layout, Part, cast_under_autocast, register, without_autocast
 from longnet.attention.sequence_parallel import attend_slice, gather_slices, group_of
 
+# Keywords of scaled_dot_product_attention, and what to do instead.
+_REFUSED = {
+    "attn_mask": "an arbitrary mask cannot be honoured: is_causal, padding_mask (True for a real token) and cu_seqlens say "
+    "what is hidden",
+    "enable_gqa": "grouped heads need no flag: k and v with fewer heads than q are shared out among them",
+    "key_padding_mask": "the op takes padding_mask, True for a real token: pass the opposite, ~key_padding_mask",
+}
+
 
 @overload
 def dilated_attention(
@@ -71,6 +79,7 @@ def dilated_attention(
     return_lse: bool = False,
     backend: dispatch.Backend = "auto",
     mesh: DeviceMesh | ProcessGroup | None = None,
+    **refused: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend along `pattern`: one softmax over the multiset union of the branches' keys (arXiv:2307.02486 eq. 3-15).
 
@@ -102,6 +111,8 @@ def dilated_attention(
             slice of it, in rank order, of any length; cu_seqlens are those of the whole sequence. Every rank calls,
             and goes backward, with the same pattern and settings. Tq = T.
 
+        refused: keywords of scaled_dot_product_attention that cannot be honoured, and are told so.
+
     Returns:
         out (B, H, Tq, D) like q; a query that no branch keeps, or that is padding, gets 0. With `return_lse` also lse
         (B, H, Tq), natural logarithm, −inf for such a query (its sink's logit, where there are sinks), float32 (float64
@@ -112,6 +123,8 @@ def dilated_attention(
         TypeError: `pattern` is no DilationPattern, or `mesh` no mesh.
         NotImplementedError: dropout_p other than 0.
     """
+    for name in refused:
+        raise TypeError(f"{name}: {_REFUSED.get(name, 'dilated_attention has no such keyword')}")
     q, k, v = cast_under_autocast(q, k, v)
     _check(q, k, v, pattern, padding_mask, cu_seqlens, sinks, dropout_p)
     if mesh is not None:

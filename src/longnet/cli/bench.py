@@ -25,18 +25,15 @@ def bench_attention(
 ) -> None:
     """Time dilated attention against dense SDPA and against its own bare kernel calls (the paper's Figure 5).
 
-    Parameters
-    ----------
-    quick
-        Fewer and shorter lengths: about a minute on two cores, where the whole takes some fifteen.
-    device
-        "cpu", "cuda", or "auto" for CUDA where there is one.
-    repeats
-        Counted rounds at the longest length, up to ten times as many at shorter ones; figures are their medians.
-    model
-        "h100" or "a100": measure nothing, print what each path should cost there by FLOPs, bytes and launches.
-    output
-        Folder for attention.jsonl (rows are appended) and runtime.png; benchmarks/results, and runs/bench with --quick.
+    Args:
+        quick: Fewer and shorter lengths: about a minute on two cores, where the whole takes some fifteen.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        repeats: Counted rounds at the longest length, up to ten times as many at shorter ones; figures are
+            their medians.
+        model: "h100" or "a100": measure nothing, print what each path should cost there by FLOPs, bytes and
+            launches.
+        output: Folder for attention.jsonl (rows are appended) and runtime.png; benchmarks/results, and
+            runs/bench with --quick.
     """
     from rich import box
     from rich.console import Console
@@ -120,16 +117,12 @@ def bench_decode(
 ) -> None:
     """Time one token after the other at lengths up to a billion, with the DilatedCache and with the dense cache.
 
-    Parameters
-    ----------
-    quick
-        Fewer lengths and a smaller model: about a minute on two cores.
-    sizes
-        Only count the bytes of both caches for known shapes; measure nothing, write nothing.
-    device
-        "cpu", "cuda", or "auto" for CUDA where there is one.
-    output
-        Folder for decode.jsonl, to which rows are appended; benchmarks/results, and runs/bench with --quick.
+    Args:
+        quick: Fewer lengths and a smaller model: about a minute on two cores.
+        sizes: Only count the bytes of both caches for known shapes; measure nothing, write nothing.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        output: Folder for decode.jsonl, to which rows are appended; benchmarks/results, and runs/bench with
+            --quick.
     """
     from rich import box
     from rich.console import Console
@@ -174,16 +167,12 @@ def bench_distributed(
 ) -> None:
     """Time a training step of one sequence across processes against that of one process; count bytes and memory.
 
-    Parameters
-    ----------
-    quick
-        Shorter slices: about a minute on two cores, where the whole takes some five.
-    ranks
-        Processes, of one thread each; as many cores must be free. 2 unless given.
-    repeats
-        Counted rounds of each case; figures are their medians.
-    output
-        Folder for distributed.jsonl, to which rows are appended; benchmarks/results, and runs/bench with --quick.
+    Args:
+        quick: Shorter slices: about a minute on two cores, where the whole takes some five.
+        ranks: Processes, of one thread each; as many cores must be free. 2 unless given.
+        repeats: Counted rounds of each case; figures are their medians.
+        output: Folder for distributed.jsonl, to which rows are appended; benchmarks/results, and runs/bench
+            with --quick.
     """
     import torch
     from rich.console import Console
@@ -230,10 +219,8 @@ def bench_kernels(
 ) -> None:
     """Compile the fused kernels for sm_80, sm_90a and sm_100a, which needs no GPU: registers, spills, shared memory.
 
-    Parameters
-    ----------
-    output
-        Folder for triton_kernels.jsonl, which is written anew; benchmarks/results unless given.
+    Args:
+        output: Folder for triton_kernels.jsonl, which is written anew; benchmarks/results unless given.
     """
     import torch
     from rich import box
@@ -281,16 +268,11 @@ def bench_slides(
 ) -> None:
     """Encode slides with random weights of GigaPath's size: seconds, peak memory, and dense attention beside it.
 
-    Parameters
-    ----------
-    tiles
-        Of a slide; 2500 10000 50000 if not given.
-    dense_tiles
-        Measure dense attention up to so many tiles; 10000 if not given.
-    device
-        "cpu", "cuda", or "auto" for CUDA where there is one.
-    output
-        Folder for slides.jsonl, to which rows are appended; benchmarks/results if not given.
+    Args:
+        tiles: Of a slide; 2500 10000 50000 if not given.
+        dense_tiles: Measure dense attention up to so many tiles; 10000 if not given.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        output: Folder for slides.jsonl, to which rows are appended; benchmarks/results if not given.
     """
     from longnet.bench import record, slides
     from longnet.measurement import find_device

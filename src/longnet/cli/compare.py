@@ -27,14 +27,11 @@ def compare(
     Writes the paper's Table 2 and Figures 6 and 7b to OUT/report.md and OUT/report.html. The same command goes on where
     it was stopped, and does not run finished cells again.
 
-    Parameters
-    ----------
-    recipe
-        TOML file with the tables below; [compare] says which attentions, lengths and contexts (docs/training.md).
-    output
-        Folder OUT of the comparison: its cells and reports.
-    settings
-        The recipe's own settings.
+    Args:
+        recipe: TOML file with the tables below; [compare] says which attentions, lengths and contexts
+            (docs/training.md).
+        output: Folder OUT of the comparison: its cells and reports.
+        settings: The recipe's own settings.
     """
     from longnet.comparison.compare import run_comparison
     from longnet.comparison.report import write_report

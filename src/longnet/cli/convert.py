@@ -27,30 +27,18 @@ def convert(
     A folder becomes torchscale's file: a .pth or .pt with the weights under "model", or a .safetensors of its names.
     No number changes.
 
-    Parameters
-    ----------
-    source
-        A checkpoint of torchscale, or a folder.
-    target
-        A folder that is not there yet, or for a folder a file.
-    kind
-        What the checkpoint is: GigaPath's slide encoder, LongViT, or a causal language model.
-    num_heads
-        Query heads; no tensor tells.
-    segment_lengths
-        Of language models, and where they are not the usual ones.
-    dilation_rates
-        Likewise.
-    max_wsi_size
-        Of GigaPath: side of the largest slide in training, in pixels.
-    tile_size
-        Of GigaPath: side of a tile, in pixels.
-    deepnorm
-        Of language models: DeepNorm.
-    scale_embedding
-        Of language models: embeddings × √C.
-    sinusoidal
-        Of language models: fairseq's sinusoidal positions.
+    Args:
+        source: A checkpoint of torchscale, or a folder.
+        target: A folder that is not there yet, or for a folder a file.
+        kind: What the checkpoint is: GigaPath's slide encoder, LongViT, or a causal language model.
+        num_heads: Query heads; no tensor tells.
+        segment_lengths: Of language models, and where they are not the usual ones.
+        dilation_rates: Likewise.
+        max_wsi_size: Of GigaPath: side of the largest slide in training, in pixels.
+        tile_size: Of GigaPath: side of a tile, in pixels.
+        deepnorm: Of language models: DeepNorm.
+        scale_embedding: Of language models: embeddings × √C.
+        sinusoidal: Of language models: fairseq's sinusoidal positions.
     """
     import torch
     from safetensors.torch import save_file

@@ -34,41 +34,25 @@ def encode(
     What is there already is not made again, so that the same command goes on after an interruption. A file that is
     damaged, empty or has wrong coordinates is named, skipped and counted, and the exit status is 2.
 
-    Parameters
-    ----------
-    model
-        slide_encoder.pth, or a folder that `longnet convert` or `save_pretrained` wrote.
-    slides
-        Feature files, folders, globs: HDF5 with `features` and `coords` (CLAM, TRIDENT), .pt, .safetensors. Where a
-        file says `patch_size_level0`, its tiles are that wide, and lie a position apart.
-    output
-        Folder of the results.
-    layers
-        Write the embeddings after each layer, too: `layers_mean` and `layers_cls` (L + 1, C).
-    tiles
-        Write every tile in its context, too: `tiles` (N, C).
-    heat_map
-        Draw the attention that each tile receives in the last layer, as a PNG.
-    format
-        Of the results.
-    num_heads
-        Of slide_encoder.pth, which does not say.
-    segment_lengths
-        In tiles; from --max-wsi-size and --tile-size if not given.
-    dilation_rates
-        1 2 4 8 16 if not given.
-    max_wsi_size
-        Side of the largest slide in training, in pixels.
-    tile_size
-        Side of a tile, in pixels of level 0, where a file does not say.
-    tail
-        "torchscale", as the published weights were trained, or "exact".
-    batch_tiles
-        Tiles of a batch, padding included. Changes memory and speed, not the result.
-    device
-        "cpu", "cuda", or "auto" for CUDA where there is one.
-    dtype
-        Of weights and states; results are float32.
+    Args:
+        model: slide_encoder.pth, or a folder that `longnet convert` or `save_pretrained` wrote.
+        slides: Feature files, folders, globs: HDF5 with `features` and `coords` (CLAM, TRIDENT), .pt,
+            .safetensors. Where a file says `patch_size_level0`, its tiles are that wide, and lie a position
+            apart.
+        output: Folder of the results.
+        layers: Write the embeddings after each layer, too: `layers_mean` and `layers_cls` (L + 1, C).
+        tiles: Write every tile in its context, too: `tiles` (N, C).
+        heat_map: Draw the attention that each tile receives in the last layer, as a PNG.
+        format: Of the results.
+        num_heads: Of slide_encoder.pth, which does not say.
+        segment_lengths: In tiles; from --max-wsi-size and --tile-size if not given.
+        dilation_rates: 1 2 4 8 16 if not given.
+        max_wsi_size: Side of the largest slide in training, in pixels.
+        tile_size: Side of a tile, in pixels of level 0, where a file does not say.
+        tail: "torchscale", as the published weights were trained, or "exact".
+        batch_tiles: Tiles of a batch, padding included. Changes memory and speed, not the result.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: Of weights and states; results are float32.
     """
     import torch
     from rich.console import Console

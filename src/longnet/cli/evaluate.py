@@ -34,33 +34,21 @@ def evaluate(
 ) -> None:
     """Score the same validation tokens with windows of each context length, and say whether context helps.
 
-    Parameters
-    ----------
-    model
-        Folder of a run of `longnet train`, or of any Hugging Face causal language model.
-    data
-        Folder that `longnet prepare` wrote.
-    contexts
-        Context lengths, like 512,2048,8K or 512 2048 8K, each a divisor of the longest; they may exceed the
-        length of training. When left out: an eighth of the training length, a half, the whole.
-    tokens
-        Validation tokens that every context scores, at most.
-    passkey
-        Ask, too, for a number told so many tokens before.
-    distances
-        Those distances; doublings from 64 up to the longest context when left out.
-    trials
-        Prompts of each distance.
-    attention
-        Evaluate with another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
-    batch_tokens
-        Tokens in a batch, at most, unless one window has more.
-    device
-        "cpu", "cuda", or "auto" for a GPU where there is one.
-    output
-        Folder for evaluation.json and its pictures: perplexity, difference, position, passkey and gain, each an .svg.
-    report
-        HTML file about the model and the evaluation, everything inside it.
+    Args:
+        model: Folder of a run of `longnet train`, or of any Hugging Face causal language model.
+        data: Folder that `longnet prepare` wrote.
+        contexts: Context lengths, like 512,2048,8K or 512 2048 8K, each a divisor of the longest; they may
+            exceed the length of training. When left out: an eighth of the training length, a half, the whole.
+        tokens: Validation tokens that every context scores, at most.
+        passkey: Ask, too, for a number told so many tokens before.
+        distances: Those distances; doublings from 64 up to the longest context when left out.
+        trials: Prompts of each distance.
+        attention: Evaluate with another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
+        batch_tokens: Tokens in a batch, at most, unless one window has more.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        output: Folder for evaluation.json and its pictures: perplexity, difference, position, passkey and gain,
+            each an .svg.
+        report: HTML file about the model and the evaluation, everything inside it.
     """
     from rich.console import Console
 

@@ -24,28 +24,18 @@ def generate(
 ) -> None:
     """Continue a text; what the model writes goes to the standard output, character by character.
 
-    Parameters
-    ----------
-    model
-        Folder of a run of `longnet train`, or of any Hugging Face causal language model with its tokenizer.
-    prompt
-        Text to continue; an empty one begins a document.
-    file
-        File that holds the prompt instead; "-" is the standard input.
-    tokens
-        New tokens, at most; the end of the document ends earlier.
-    temperature
-        Divides the logits before a token is drawn; 0 takes the likeliest token.
-    top_k
-        Draw among so many likeliest tokens.
-    top_p
-        Draw among the likeliest tokens that together have this probability.
-    seed
-        Of the draws: the same seed gives the same text.
-    attention
-        Another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
-    device
-        "cpu", "cuda", or "auto" for a GPU where there is one.
+    Args:
+        model: Folder of a run of `longnet train`, or of any Hugging Face causal language model with its
+            tokenizer.
+        prompt: Text to continue; an empty one begins a document.
+        file: File that holds the prompt instead; "-" is the standard input.
+        tokens: New tokens, at most; the end of the document ends earlier.
+        temperature: Divides the logits before a token is drawn; 0 takes the likeliest token.
+        top_k: Draw among so many likeliest tokens.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        seed: Of the draws: the same seed gives the same text.
+        attention: Another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
     """
     from longnet.evaluation.generation import Sampling, generate_text
 

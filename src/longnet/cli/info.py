@@ -26,18 +26,13 @@ def info(
 ) -> None:
     """Print parameters, FLOPs and memory of a recipe or a model; counts and origin of a data folder.
 
-    Parameters
-    ----------
-    path
-        A recipe (TOML, or its name), a run or Hugging Face model folder, or a folder that `longnet prepare` wrote.
-    settings
-        Flags with the last word over a recipe, as `longnet train` takes them: --parallel.sp 8.
-    tokens
-        Length of a sequence; that of training when left out.
-    memory
-        GiB of a rank: prints the longest sequence with which training the recipe stays within them.
-    output
-        Where to draw the attention; its suffix is the format (.png, .svg, .pdf).
+    Args:
+        path: A recipe (TOML, or its name), a run or Hugging Face model folder, or a folder that `longnet
+            prepare` wrote.
+        settings: Flags with the last word over a recipe, as `longnet train` takes them: --parallel.sp 8.
+        tokens: Length of a sequence; that of training when left out.
+        memory: GiB of a rank: prints the longest sequence with which training the recipe stays within them.
+        output: Where to draw the attention; its suffix is the format (.png, .svg, .pdf).
     """
     from longnet.cli.recipe import recipes
 

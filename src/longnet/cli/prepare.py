@@ -36,44 +36,33 @@ def prepare(
 
     The same command again goes on where it was stopped or killed; once it is done, it says so and changes nothing.
 
-    Parameters
-    ----------
-    paths
-        Files, folders, globs, or hf:OWNER/NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub. Plain text,
-        source code, .jsonl, .ndjson, .json, .parquet, FASTA; also with .gz, .bz2, .xz, .zst. A folder's files come in
-        path order, without hidden ones, caches and installed packages; a file that is named is taken whatever it is
-        called.
-    output
-        Folder to write.
-    tokenizer
-        bytes (ids are bytes, nothing to choose, any text and any byte), a tokenizer.json, a Hugging Face folder, or
-        tiktoken:cl100k_base.
-    train_bpe
-        Train a byte-level BPE vocabulary of so many tokens on the train split, instead of --tokenizer.
-    text_field
-        Field of JSON lines, parquet and data sets that holds the text; a.b is field b of field a.
-    suffixes
-        What to take from folders, instead of text and source code: suffixes like .py, or whole names like Makefile.
-    exclude
-        Files and folders to leave out; shell patterns of names, like "test*", or of ends of paths, like "docs/*.txt".
-    validation
-        Share of the documents for validation, by a hash of the document's name; 0 for none.
-    split_by
-        folder keeps each folder directly below a given path on one side, so that validation shows none of its files.
-    drop_duplicates
-        Leave out documents that repeat an earlier one, exactly or nearly (at least 80 % of their 24-byte shingles).
-    shard_tokens
-        Tokens in a shard.
-    skip_damaged
-        Leave out and count records and ends of files that are damaged, of a half-uploaded .jsonl say; else they stop.
-    fasta_case
-        Letters of FASTA files: as they are, or all upper, or all lower case.
-    fasta_n
-        N in FASTA files: kept, or dropped.
-    workers
-        Processes; one per core if not given. The result does not depend on it.
-    overwrite
-        Replace data in the output folder that was made with other options or from other files.
+    Args:
+        paths: Files, folders, globs, or hf:OWNER/NAME[:CONFIG[:SPLIT]] for a data set of the Hugging Face hub.
+            Plain text, source code, .jsonl, .ndjson, .json, .parquet, FASTA; also with .gz, .bz2, .xz, .zst. A
+            folder's files come in path order, without hidden ones, caches and installed packages; a file that
+            is named is taken whatever it is called.
+        output: Folder to write.
+        tokenizer: bytes (ids are bytes, nothing to choose, any text and any byte), a tokenizer.json, a Hugging
+            Face folder, or tiktoken:cl100k_base.
+        train_bpe: Train a byte-level BPE vocabulary of so many tokens on the train split, instead of
+            --tokenizer.
+        text_field: Field of JSON lines, parquet and data sets that holds the text; a.b is field b of field a.
+        suffixes: What to take from folders, instead of text and source code: suffixes like .py, or whole names
+            like Makefile.
+        exclude: Files and folders to leave out; shell patterns of names, like "test*", or of ends of paths,
+            like "docs/*.txt".
+        validation: Share of the documents for validation, by a hash of the document's name; 0 for none.
+        split_by: folder keeps each folder directly below a given path on one side, so that validation shows
+            none of its files.
+        drop_duplicates: Leave out documents that repeat an earlier one, exactly or nearly (at least 80 % of
+            their 24-byte shingles).
+        shard_tokens: Tokens in a shard.
+        skip_damaged: Leave out and count records and ends of files that are damaged, of a half-uploaded .jsonl
+            say; else they stop.
+        fasta_case: Letters of FASTA files: as they are, or all upper, or all lower case.
+        fasta_n: N in FASTA files: kept, or dropped.
+        workers: Processes; one per core if not given. The result does not depend on it.
+        overwrite: Replace data in the output folder that was made with other options or from other files.
     """
     from longnet.data.assembly import Options
     from longnet.data.preparation import prepare as prepare_data

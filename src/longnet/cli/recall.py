@@ -27,14 +27,10 @@ def recall(
     Writes accuracy by distance, beside the attention's FLOPs, to OUT/report.md and OUT/report.html. The same command
     goes on where it was stopped, and does not run finished cells again.
 
-    Parameters
-    ----------
-    recipe
-        TOML file with the tables below, or a recipe that comes with LongNet: recall-tiny, recall-long.
-    output
-        Folder OUT: its cells and reports.
-    settings
-        The recipe's own settings.
+    Args:
+        recipe: TOML file with the tables below, or a recipe that comes with LongNet: recall-tiny, recall-long.
+        output: Folder OUT: its cells and reports.
+        settings: The recipe's own settings.
     """
     from longnet.comparison.recall import run_recall
     from longnet.comparison.recall_report import write_recall_report

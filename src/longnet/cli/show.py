@@ -31,24 +31,16 @@ def show(
 ) -> None:
     """Print what a pattern costs, reaches and keeps; draw which keys each query sees.
 
-    Parameters
-    ----------
-    pattern
-        Branches as segment:rate pairs, like 2048:1,4096:2,8192:4 (";block" at the end for block head offsets),
-        or "paper".
-    tokens
-        Length of the sequence.
-    heads
-        Key/value heads.
-    head_dim
-        Channels of a head.
-    causal
-        Whether keys after a query are hidden.
-    output
-        Where to draw the picture; its suffix is the format (.png, .svg, .pdf; .html for the page in which the pattern
-        can be changed).
-    open_browser
-        Open that page in a browser.
+    Args:
+        pattern: Branches as segment:rate pairs, like 2048:1,4096:2,8192:4 (";block" at the end for block head
+            offsets), or "paper".
+        tokens: Length of the sequence.
+        heads: Key/value heads.
+        head_dim: Channels of a head.
+        causal: Whether keys after a query are hidden.
+        output: Where to draw the picture; its suffix is the format (.png, .svg, .pdf; .html for the page in
+            which the pattern can be changed).
+        open_browser: Open that page in a browser.
     """
     from rich.console import Console
     from rich.table import Table

@@ -34,41 +34,25 @@ def stream(
     Writes stream.json and stream.svg into the output folder, and from time to time the state, from which --resume goes
     on after an interruption.
 
-    Parameters
-    ----------
-    model
-        Folder of a run of `longnet train`, or of any Hugging Face causal language model whose config holds a dilation
-        pattern.
-    files
-        Files, folders, globs, as `longnet prepare` takes them, and the same tokens: a token ends each document.
-    tokenizer
-        As of `longnet prepare`; the model's own if not given.
-    text_field
-        Field of records that holds the text; a.b is field b of field a.
-    suffixes
-        What to take from folders, instead of text and source code.
-    exclude
-        Files and folders to leave out.
-    skip_damaged
-        Leave out and count records and ends of files that are damaged.
-    fasta_case
-        Letters of FASTA files: as they are, or all upper, or all lower case.
-    fasta_n
-        N in FASTA files: kept, or dropped.
-    chunk
-        Tokens of one forward pass. Changes memory and speed, not the result.
-    tokens
-        Stop after so many.
-    output
-        Folder for results and state.
-    save_every
-        Tokens between two saves of the state.
-    resume
-        Go on from the state in the output folder, if there is one.
-    device
-        "cpu", "cuda", or "auto" for CUDA where there is one.
-    dtype
-        Of weights and state.
+    Args:
+        model: Folder of a run of `longnet train`, or of any Hugging Face causal language model whose config
+            holds a dilation pattern.
+        files: Files, folders, globs, as `longnet prepare` takes them, and the same tokens: a token ends each
+            document.
+        tokenizer: As of `longnet prepare`; the model's own if not given.
+        text_field: Field of records that holds the text; a.b is field b of field a.
+        suffixes: What to take from folders, instead of text and source code.
+        exclude: Files and folders to leave out.
+        skip_damaged: Leave out and count records and ends of files that are damaged.
+        fasta_case: Letters of FASTA files: as they are, or all upper, or all lower case.
+        fasta_n: N in FASTA files: kept, or dropped.
+        chunk: Tokens of one forward pass. Changes memory and speed, not the result.
+        tokens: Stop after so many.
+        output: Folder for results and state.
+        save_every: Tokens between two saves of the state.
+        resume: Go on from the state in the output folder, if there is one.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        dtype: Of weights and state.
     """
     import gc
     import json

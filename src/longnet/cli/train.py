@@ -27,16 +27,11 @@ def train(
 
     Every setting of the recipe is a flag, too, which has the last word: --optim.lr 3e-4, --evaluate.contexts 512 2048.
 
-    Parameters
-    ----------
-    recipe
-        TOML file with the tables below (docs/training.md).
-    output
-        Folder of the run: recipe, metrics, checkpoints; the newest checkpoint is the model.
-    resume
-        Continue from the newest whole checkpoint; begin where there is none.
-    settings
-        The recipe's own settings.
+    Args:
+        recipe: TOML file with the tables below (docs/training.md).
+        output: Folder of the run: recipe, metrics, checkpoints; the newest checkpoint is the model.
+        resume: Continue from the newest whole checkpoint; begin where there is none.
+        settings: The recipe's own settings.
     """
     from longnet.training.loop import train as train_model
 
