@@ -85,7 +85,7 @@ def load_gigapath(
 
     Args:
         path: `slide_encoder.pth`, a .safetensors file with its names, or a folder that `save_pretrained` or
-            `longnet convert` wrote, which knows its own settings; given ones replace them, unless they are the defaults.
+            `longnet convert` wrote, which knows its own settings; given ones replace them, unless defaults.
         num_heads: query heads.
         segment_lengths: w_i in tiles; from max_wsi_size and tile_size when None, as the authors do
             (`longnet.model.slides.segments_for`).
