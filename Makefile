@@ -9,6 +9,7 @@ BIN := .venv/bin
 PACKAGE := .venv/.package
 INSTALLED := .venv/.installed
 TORCH := 2.13.0
+TRITON := 3.7.1
 # Versions that passed; a new release of a library cannot break an installation. `make test CONSTRAINTS=` takes the newest.
 CONSTRAINTS := constraints.txt
 INSTALL := $(BIN)/pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable
@@ -31,6 +32,8 @@ $(PACKAGE): pyproject.toml $(CONSTRAINTS)
 ifeq ($(HAS_GPU),)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)+cpu \
 	  || ($(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH))
+# Pinned here and not among the constraints: a CUDA build of torch brings the Triton that it needs.
+	[ "$$(uname -s)" != Linux ] || $(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet triton==$(TRITON)
 else
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch
 endif
