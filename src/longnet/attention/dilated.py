@@ -19,8 +19,8 @@ from longnet.attention.sequence_parallel import attend_slice, gather_slices, gro
 
 # Keywords of scaled_dot_product_attention, and what to do instead.
 _REFUSED = {
-    "attn_mask": "an arbitrary mask cannot be honoured: is_causal, padding_mask (True for a real token) and cu_seqlens say "
-    "what is hidden",
+    "attn_mask": "an arbitrary mask cannot be honoured: is_causal, padding_mask (True for a real token) and cu_seqlens "
+    "say what is hidden",
     "enable_gqa": "grouped heads need no flag: k and v with fewer heads than q are shared out among them",
     "key_padding_mask": "the op takes padding_mask, True for a real token: pass the opposite, ~key_padding_mask",
 }
