@@ -121,8 +121,8 @@ def _describe(document: Document, systems: Sequence[SystemRecall], outcome: Reca
             f"steps of {settings.batch_sequences} sequences, and asked the same questions in sequences that no "
             "training has seen. A sequence tells values beside keys, a row each, and asks for them by key; what stands "
             "between means nothing. Distance is that from the pair to its question; each bucket of distances is asked "
-            "for as often. q_proj and k_proj begin as a match on the key, without which even dense attention needs far "
-            f"more steps. {_origin(first)}"
+            "for as often. q_proj and k_proj begin as a match on the key, so that few steps do; what a plain start "
+            f"would need was not measured. {_origin(first)}"
         )
     )
     for pairs in sorted(task.scored, reverse=True):
