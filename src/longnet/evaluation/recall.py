@@ -144,8 +144,8 @@ class RecallModel(nn.Module):
     """A LongNet, any of its attentions, between embeddings of keys, values and fillers and a choice among the values.
 
     q_proj and k_proj begin as a match on the key: k_proj at random on a pair's part of the row, q_proj the same on a
-    question's, so that few steps do: finding the match is not what is asked here. All else begins as in any LongNet, and
-    everything is trained.
+    question's, so that few steps do: finding the match is not what is asked here. All else begins as in any LongNet,
+    and everything is trained.
 
     Args:
         task: what is told and asked.
