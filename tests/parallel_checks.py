@@ -33,12 +33,13 @@ def edges_of(tokens, ranks):
 
 
 class Watched:
-    """What the op does with the other ranks, in order: bytes that all_to_all brings, calls of tiles, waits."""
+    """What the op does with the other ranks, in order, and the bytes that its exchanges bring."""
 
-    NAMES = ("_exchange", "_wait", "attend_tiles", "differentiate_tiles")
+    NAMES = ("_exchange", "_wait", "attend_own", "attend_halo", "differentiate_own", "differentiate_halo")
 
     def __enter__(self):
-        self.received, self.order = [], []
+        self.order, self._counting = [], sequence_parallel.counted_exchanges()
+        self.received = self._counting.__enter__()
         self._kept = {name: getattr(sequence_parallel, name) for name in self.NAMES}
         for name, function in self._kept.items():
             setattr(sequence_parallel, name, functools.partial(self._call, name, function))
@@ -47,11 +48,10 @@ class Watched:
     def _call(self, name, function, *args, **kwargs):
         result = function(*args, **kwargs)
         self.order.append(name)
-        if name == "_exchange":
-            self.received.append(result.nbytes)
         return result
 
-    def __exit__(self, *_):
+    def __exit__(self, *error):
+        self._counting.__exit__(*error)
         for name, function in self._kept.items():
             setattr(sequence_parallel, name, function)
 

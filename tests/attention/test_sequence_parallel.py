@@ -42,13 +42,13 @@ def test_rows_travel_while_local_branches_are_computed(ranks_and_results):
     ranks, results = ranks_and_results
     for _, traffic in results:
         for *_, order in traffic:
-            told, forward, backward = order[:1], order[1:5], order[5:]
-            assert told == ["_wait"]  # how long the slices are
+            told, *rest = order
+            assert told == "_wait"  # how long the slices are
             if ranks == 1:
                 assert "_exchange" not in order
                 continue
-            assert forward == ["_exchange", "attend_tiles", "_wait", "attend_tiles"]
-            assert backward[-3:] == ["_exchange", "differentiate_tiles", "_wait"]
+            assert rest[:4] == ["_exchange", "attend_own", "_wait", "attend_halo"]
+            assert rest[4:] == ["differentiate_halo", "_exchange", "differentiate_own", "_wait"]
 
 
 def test_what_does_not_fit_is_said_on_every_rank(tmp_path):

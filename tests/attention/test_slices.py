@@ -14,10 +14,10 @@ from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
+from longnet.attention.halo import attend_halo, attend_own, differentiate_halo, differentiate_own, take_home, take_rows
 from longnet.attention.plan import runs_of
-from longnet.attention.sequence_parallel import make_halo, send_rows, take_home
+from longnet.attention.sequence_parallel import make_halo
 from longnet.attention.slices import lay_out_slice
-from longnet.attention.tiles import attend_tiles, differentiate_tiles
 
 
 def exchange(sent, layouts):
@@ -39,24 +39,21 @@ def simulate(q, k, v, dout, pattern, edges, *, bounds, is_causal, scale):
     ]  # fmt: skip
     cut = [[x[:, :, a:b] for a, b in itertools.pairwise(edges)] for x in (q, k, v, dout)]
     slices = list(zip(*cut, strict=True))
-    sent = [send_rows(parts[1:3], layout) for parts, layout in zip(slices, layouts, strict=True)]
+    sent = [take_rows(parts[1:3], layout.sent) for parts, layout in zip(slices, layouts, strict=True)]
     came = exchange(sent, [layout.sent_counts for layout in layouts])
     results, homeward = [], []
     for (*qkv, gradient), layout, rows in zip(slices, layouts, came, strict=True):
         assert len(rows) == sum(layout.received_counts)
-        out, lse = torch.zeros_like(qkv[0]), torch.full(qkv[0].shape[:3], -torch.inf, dtype=q.dtype)
         halo = make_halo(rows, layout, batch, k.shape[1])
-        out, lse = attend_tiles(kernel, layout.own, *qkv, out, lse, scale=scale)
-        out, lse = attend_tiles(kernel, layout.halo, qkv[0], *halo, out, lse, scale=scale)
-        dhalo, grads = torch.zeros_like(halo), tuple(torch.zeros_like(x) for x in qkv)
-        grads = differentiate_tiles(kernel, layout.own, gradient, *qkv, out, lse, grads, scale=scale)
-        of_halo = (grads[0], *dhalo.unbind(0))
-        differentiate_tiles(kernel, layout.halo, gradient, qkv[0], *halo, out, lse, of_halo, scale=scale)
-        homeward.append(torch.stack([x[layout.received] for x in dhalo], 1))
+        out, lse = attend_own(kernel, layout.tiles, *qkv, scale=scale)
+        out, lse = attend_halo(kernel, layout.tiles, qkv[0], halo, out, lse, scale=scale)
+        dq, dhalo = differentiate_halo(kernel, layout.tiles, gradient, qkv[0], halo, out, lse, scale=scale)
+        grads = differentiate_own(kernel, layout.tiles, gradient, *qkv, out, lse, dq, scale=scale)
+        homeward.append(take_rows(dhalo, layout.received))
         results.append([out, lse, *grads])
     home = exchange(homeward, [layout.received_counts for layout in layouts])
     for result, layout, rows in zip(results, layouts, home, strict=True):
-        take_home(rows, layout, tuple(result[3:]))
+        take_home(rows, layout.sent, result[3:])
     return [torch.cat(parts, 2) for parts in zip(*results, strict=True)], layouts
 
 
@@ -155,5 +152,5 @@ def test_ranks_whose_segments_end_with_their_slices_exchange_nothing():
         is_causal=False, device=torch.device("cpu"),
     )  # fmt: skip
     assert not layout.is_exchanging
-    assert layout.halo == ()
+    assert layout.tiles.halo == ()
     assert layout.halo_rows == 0

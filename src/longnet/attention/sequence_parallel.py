@@ -7,6 +7,8 @@ of one device; the traffic does not grow with the length.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
+from longnet.attention.halo import (
+    attend_halo,
+    attend_own,
+    differentiate_halo,
+    differentiate_own,
+    put_rows,
+    take_home,
+    take_rows,
+)
 from longnet.attention.merge import differentiate_sinks, merge_sinks_
 from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
 from longnet.attention.plan import runs_of
 from longnet.attention.slices import SliceLayout, lay_out_slice
-from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.tiles import empty_like, empty_lse, rows_dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +44,13 @@ class Slices:
         bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens, in positions of the whole
             sequence.
         rank: this one.
-        group: name of the process group.
+        group: name of the process group; None where the slices are chunks, and one process has them all.
     """
 
     edges: Tensor
     bounds: Tensor
     rank: int
-    group: str
+    group: str | None
 
     @property
     def start(self) -> Tensor:
@@ -149,23 +160,32 @@ def attend_slice(
     return out, lse
 
 
-def send_rows(tensors: tuple[Tensor, ...], layout: SliceLayout) -> Tensor:
-    """Return the rows of tensors (B, G, T, D) that other ranks need, side by side: (n, tensors, D)."""
-    return torch.stack([x[layout.sent] for x in tensors], 1)
-
-
 def make_halo(received: Tensor, layout: SliceLayout, batch_size: int, num_kv_heads: int) -> Tensor:
     """Put rows (n, tensors, D) that came where the halo's tiles look for them: (tensors, B, G, halo_rows, D)."""
     shape = (received.shape[1], batch_size, num_kv_heads, layout.halo_rows, received.shape[2])
     halo = received.new_zeros(shape)
-    for x, rows in zip(halo, received.unbind(1), strict=True):
-        x[layout.received] = rows
+    put_rows(halo, layout.received, received)
     return halo
+
+
+@contextlib.contextmanager
+def counted_exchanges() -> Iterator[list[int]]:
+    """Give a list to which each exchange of rows within adds the bytes that it brings to this rank."""
+    _counts.append([])
+    try:
+        yield _counts[-1]
+    finally:
+        _counts.pop()
+
+
+_counts: list[list[int]] = []
 
 
 def _exchange(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: str) -> Tensor:
     """Start sending rows (n, …), so many to each rank; `_wait` gives those that come."""
     result: Tensor = torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), received, sent, group)
+    for count in _counts:
+        count.append(result.nbytes)
     return result
 
 
@@ -218,17 +238,13 @@ def _op(
     kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
     received = k.new_empty(0, 2, k.shape[3])
     if layout.is_exchanging:
-        received = _exchange(send_rows((k, v), layout), layout.sent_counts, layout.received_counts, group)
+        received = _exchange(take_rows((k, v), layout.sent), layout.sent_counts, layout.received_counts, group)
     q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = empty_like(q), empty_lse(q)
-    if not layout.is_complete:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    out, lse = attend_tiles(kernels, layout.own, q, k, v, out, lse, scale=scale)
+    out, lse = attend_own(kernels, layout.tiles, q, k, v, scale=scale)
     if layout.is_exchanging:
         received = _wait(received)
     halo = make_halo(received, layout, k.shape[0], k.shape[1])
-    out, lse = attend_tiles(kernels, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    out, lse = attend_halo(kernels, layout.tiles, q, halo, out, lse, scale=scale)
     if sinks is not None:
         merge_sinks_(out, lse, sinks)
     return out.to(q.dtype), lse, halo
@@ -258,32 +274,15 @@ def _op_backward(
     kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
     # The halo first: its gradients travel while the rest is computed.
-    dq_halo, coming = None, None
-    if layout.halo:
-        dq_halo, dhalo = empty_like(q).zero_(), empty_like(halo).zero_()
-        grads = (dq_halo, dhalo[0], dhalo[1])
-        differentiate_tiles(kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, grads, scale=scale)
-    else:
-        dhalo = halo
+    dq_halo, dhalo = differentiate_halo(kernels, layout.tiles, dout, q, halo, out, lse, scale=scale)
+    coming = None
     if layout.is_exchanging:
-        home = torch.stack([x[layout.received] for x in dhalo], 1).to(k.dtype)
+        home = take_rows(dhalo, layout.received).to(k.dtype)
         coming = _exchange(home, layout.received_counts, layout.sent_counts, group)
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    if not layout.is_complete:
-        for grad in (dq, dk, dv):
-            grad.zero_()
-    dq, dk, dv = differentiate_tiles(kernels, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
-    if dq_halo is not None:
-        dq.add_(dq_halo)
+    dq, dk, dv = differentiate_own(kernels, layout.tiles, dout, q, k, v, out, lse, dq_halo, scale=scale)
     if coming is not None:
-        take_home(_wait(coming), layout, (dk, dv))
+        take_home(_wait(coming), layout.sent, (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def take_home(came: Tensor, layout: SliceLayout, grads: tuple[Tensor, ...]) -> None:
-    """Add gradients (n, tensors, D) of the rows that were sent to those of this rank, (B, G, T, D) each."""
-    for grad, rows in zip(grads, came.unbind(1), strict=True):
-        grad.index_put_(layout.sent, rows.to(grad.dtype), accumulate=True)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -320,7 +319,7 @@ _op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 def _count(q: Tensor, k: Tensor, _v: Tensor, _sinks: Tensor | None, *settings: Any, **_: Any) -> int:
     bounds, edges, rank, _group, *rest = settings
     layout = _lay_out(q, k, bounds, edges, rank, *rest)
-    return 4 * q.shape[3] * sum(tile.pairs for tile in (*layout.own, *layout.halo))
+    return 4 * q.shape[3] * layout.tiles.pairs
 
 
 def _count_backward(

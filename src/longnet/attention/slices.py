@@ -10,22 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet.attention.halo import HaloLayout, Pieces, Rows, lay_out
 from longnet.attention.pattern import DilationPattern, kept_rows
-from longnet.attention.plan import Run, Tile, plan
-
-
-class Rows(NamedTuple):
-    """Rows of a tensor (B, G, T, D): (n,) int64 each. `x[rows]` is (n, D)."""
-
-    batch: Tensor
-    head: Tensor
-    position: Tensor
+from longnet.attention.plan import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +26,7 @@ class SliceLayout:
     """What one rank computes and exchanges in one call.
 
     Attributes:
-        own: tiles of its own queries and keys.
-        is_complete: the `is_first` ones among them write every query.
-        halo: tiles of its own queries and the halo's keys.
+        tiles: of its own queries.
         halo_rows: of the halo (B, G, halo_rows, D).
         sent: rows of its keys for the other ranks, in rank order.
         sent_counts: how many for each.
@@ -44,18 +35,16 @@ class SliceLayout:
         is_exchanging: some rank needs rows of another one; where none does, none communicates.
     """
 
-    own: tuple[Tile, ...]
-    is_complete: bool
-    halo: tuple[Tile, ...]
+    tiles: HaloLayout
     halo_rows: int
-    sent: Rows
+    sent: Pieces
     sent_counts: tuple[int, ...]
-    received: Rows
+    received: Pieces
     received_counts: tuple[int, ...]
     is_exchanging: bool
 
 
-class _Need(NamedTuple):
+class Need(NamedTuple):
     """Positions `low` … `high` − 1 of a segment that a slice needs and does not hold; `run` and `base` are global."""
 
     run: Run
@@ -94,44 +83,56 @@ def lay_out_slice(
     """
     ranks = len(edges) - 1
     start, stop = edges[rank], edges[rank + 1]
-    at_hand = tuple(
-        run._replace(start=run.start - start, stop=min(run.stop, stop) - start, beyond=max(0, run.stop - stop))
-        for run in runs
-        if run.start < stop and run.stop > start
-    )
-    tiles, is_complete = plan(
-        pattern, runs=at_hand, batch_size=batch_size, q_tokens=stop - start, k_tokens=stop - start,
-        num_heads=num_heads, num_kv_heads=num_kv_heads, is_causal=is_causal, is_partial=True,
-    )  # fmt: skip
-    needs = [list(_needs(pattern, runs, edges, receiver, is_causal=is_causal)) for receiver in range(ranks)]
+    needs = [list(needs_of(pattern, runs, edges, receiver, is_causal=is_causal)) for receiver in range(ranks)]
     places, halo_rows = _places(pattern, needs[rank])
-    sent, received = _Indices(), _Indices()
+    earlier, later = (
+        tuple(places.get((branch, is_later), 0) for branch in range(len(pattern.branches)))
+        for is_later in (False, True)
+    )
+    sent, received = RowIndices(), RowIndices()
     for other in range(ranks):
         for need in needs[other] if other != rank else ():
-            sent.add(pattern, need, _within(need, edges, rank), num_kv_heads, first=need.run.start + need.base - start)
+            sent.add(
+                pattern, need, rows_within(need, edges, rank), num_kv_heads, first=need.run.start + need.base - start
+            )
         sent.close()
         for need in needs[rank] if other != rank else ():
             first = places[need.branch, need.is_later]
-            received.add(pattern, need, _within(need, edges, other), num_kv_heads, place=first)
+            received.add(pattern, need, rows_within(need, edges, other), num_kv_heads, place=first)
         received.close()
     return SliceLayout(
-        own=tuple(tile for tile in tiles if not tile.is_kept),
-        is_complete=is_complete,
-        halo=tuple(
-            replace(tile, k_start=tile.k_start + places[tile.branch, tile.is_later]) for tile in tiles if tile.is_kept
+        tiles=lay_out(
+            pattern,
+            runs=runs_at_hand(runs, start, stop),
+            tokens=stop - start,
+            batch_size=batch_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            is_causal=is_causal,
+            earlier=earlier,
+            later=later,
         ),
         halo_rows=halo_rows,
-        sent=sent.rows(device),
+        sent=sent.pieces(device),
         sent_counts=tuple(sent.counts),
-        received=received.rows(device),
+        received=received.pieces(device),
         received_counts=tuple(received.counts),
         is_exchanging=any(needs),
     )
 
 
-def _needs(
+def runs_at_hand(runs: Sequence[Run], start: int, stop: int) -> tuple[Run, ...]:
+    """Return the runs that have positions in start … stop − 1, counted from there."""
+    return tuple(
+        run._replace(start=run.start - start, stop=min(run.stop, stop) - start, beyond=max(0, run.stop - stop))
+        for run in runs
+        if run.start < stop and run.stop > start
+    )
+
+
+def needs_of(
     pattern: DilationPattern, runs: Sequence[Run], edges: Sequence[int], rank: int, *, is_causal: bool
-) -> Iterator[_Need]:
+) -> Iterator[Need]:
     """Yield what a rank needs of others: per run and branch, the rest of the segments that its slice cuts."""
     start, stop = edges[rank], edges[rank + 1]
     for run in runs:
@@ -140,14 +141,14 @@ def _needs(
         for branch, length in enumerate(pattern.segment_lengths):
             inside = max(0, start - run.start) % length
             if inside:
-                yield _Need(run, branch, start - run.start - inside, 0, inside, is_later=False)
+                yield Need(run, branch, start - run.start - inside, 0, inside, is_later=False)
             inside = (stop - run.start) % length
             if inside and run.stop > stop and not is_causal:
                 base = stop - run.start - inside
-                yield _Need(run, branch, base, inside, min(length, run.stop - run.start - base), is_later=True)
+                yield Need(run, branch, base, inside, min(length, run.stop - run.start - base), is_later=True)
 
 
-def _places(pattern: DilationPattern, needs: Sequence[_Need]) -> tuple[dict[tuple[int, bool], int], int]:
+def _places(pattern: DilationPattern, needs: Sequence[Need]) -> tuple[dict[tuple[int, bool], int], int]:
     """Return where the halo of each branch and side begins, and how many rows there are in all."""
     sizes: dict[tuple[int, bool], int] = {}
     for need in needs:
@@ -158,24 +159,25 @@ def _places(pattern: DilationPattern, needs: Sequence[_Need]) -> tuple[dict[tupl
     return dict(zip(sizes, starts, strict=True)), total
 
 
-def _within(need: _Need, edges: Sequence[int], rank: int) -> tuple[int, int]:
+def rows_within(need: Need, edges: Sequence[int], rank: int) -> tuple[int, int]:
     """Return which positions of the needed ones a rank holds, counted from the segment's start."""
     first = need.run.start + need.base
     return max(need.low, edges[rank] - first), min(need.high, edges[rank + 1] - first)
 
 
-class _Indices:
+class RowIndices:
     """Rows gathered piece by piece: per piece a product of batch rows and positions of one head."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
+        self._sizes: list[int] = []
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] = []
         self._count = 0
 
     def add(
         self,
         pattern: DilationPattern,
-        need: _Need,
+        need: Need,
         span: tuple[int, int],
         num_kv_heads: int,
         *,
@@ -195,13 +197,14 @@ class _Indices:
             rows, positions = batch.repeat_interleave(len(at)), at.repeat(len(batch))
             self._pieces.append((rows, torch.full_like(rows, head), positions))
             self._count += len(rows)
+        self._sizes.append(self._count - sum(self._sizes))
 
     def close(self) -> None:
         """End the rows of one rank."""
         self.counts.append(self._count - sum(self.counts))
 
-    def rows(self, device: torch.device) -> Rows:
-        """Return all rows, those of the first rank first."""
+    def pieces(self, device: torch.device) -> Pieces:
+        """Return all rows, those of the first rank first, those of one need a piece."""
         none = torch.empty(0, dtype=torch.int64)
         columns = zip(*self._pieces, strict=True) if self._pieces else ([none],) * 3
-        return Rows(*(torch.cat(list(column)).to(device) for column in columns))
+        return Pieces(Rows(*(torch.cat(list(column)).to(device) for column in columns)), list(self._sizes))

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.sdpa import Kernel
+from longnet.attention.halo import attend_halo, attend_own, lay_out
 from longnet.attention.merge import merge_, merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
-from longnet.attention.plan import Run, Tile, kept_tiles, plan
-from longnet.attention.tiles import attend_tiles, empty_like, empty_lse, rows_dense
+from longnet.attention.plan import Run, kept_tiles
+from longnet.attention.tiles import empty_like, empty_lse, rows_dense
 from longnet.attention.views import blocks
 
 
@@ -139,8 +140,8 @@ class StreamState:
         runs = self._runs(tokens, bounds)
         self._reserve(max((run.stop - run.start for run in runs), default=0))
         self._begin(k, v, runs)
-        out, lse = empty_like(q), empty_lse(q)
         if tokens == 1:
+            out, lse = empty_like(q), empty_lse(q)
             is_written = self.pattern.branches[0][1] == 1 and sum(run.rows for run in runs) == q.shape[0]
             if not is_written:
                 out.zero_()
@@ -148,7 +149,12 @@ class StreamState:
             for run in runs:
                 self._attend_position(kernels.general, q, k, v, out, lse, run, scale, is_first=is_written)
         else:
-            out, lse = self._attend_many(kernels, q, k, v, out, lse, runs, scale)
+            layout = lay_out(
+                self.pattern, runs=runs, tokens=tokens, batch_size=q.shape[0], num_heads=q.shape[1],
+                num_kv_heads=k.shape[1], is_causal=True, earlier=tuple(self._edges),
+            )  # fmt: skip
+            out, lse = attend_own(kernels, layout, q, k, v, scale=scale)
+            out, lse = attend_halo(kernels, layout, q, (self.keys, self.values), out, lse, scale=scale)
             self._keep(k, v, runs)
         self._advance(tokens, runs)
         if sinks is not None:
@@ -171,34 +177,6 @@ class StreamState:
                 f"the cache holds {self.keys.dtype} on {self.keys.device}, got keys in {k.dtype} on {k.device}: "
                 "make it with this dtype and device, or move it with .to()"
             )
-
-    def _attend_many(
-        self,
-        kernels: dispatch.Kernels,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        runs: tuple[Run, ...],
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        tiles, is_complete = plan(
-            self.pattern, runs=runs, batch_size=q.shape[0], q_tokens=q.shape[2], k_tokens=q.shape[2],
-            num_heads=q.shape[1], num_kv_heads=k.shape[1], is_causal=True, is_partial=True,
-        )  # fmt: skip
-        if not is_complete:
-            out.zero_()
-            lse.fill_(-torch.inf)
-        own = [tile for tile in tiles if not tile.is_kept]
-        out, lse = attend_tiles(kernels, own, q, k, v, out, lse, scale=scale)
-        kept: dict[int, list[Tile]] = {}
-        for tile in tiles:
-            if tile.is_kept:
-                kept.setdefault(tile.branch, []).append(tile)
-        for branch, of_branch in kept.items():
-            out, lse = attend_tiles(kernels, of_branch, q, *self._of_branch(branch), out, lse, scale=scale)
-        return out, lse
 
     def _keep(self, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> None:
         for tile, low, high in kept_tiles(self.pattern, runs=runs, num_kv_heads=k.shape[1]):

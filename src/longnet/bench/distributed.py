@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from longnet.attention import sequence_parallel as slices_of_attention
 from longnet.attention.pattern import DilationPattern
+from longnet.attention.sequence_parallel import counted_exchanges
 from longnet.bench.attention import GateError
 from longnet.measurement import peak_bytes, ratio, seconds
 from longnet.model import LongNetConfig, LongNetForCausalLM
@@ -104,7 +103,7 @@ def measure(settings: Settings) -> tuple[Row, Row]:
     mine = ids[:, rank * settings.tokens_per_rank :][:, : settings.tokens_per_rank]
     with FlopCounterMode(display=False) as alone:
         _step(model, mine)
-    with FlopCounterMode(display=False) as together, _counted() as received:
+    with FlopCounterMode(display=False) as together, counted_exchanges() as received:
         found = _step(model, mine, dist.group.WORLD)
     complaint = [_complaint(found, _step(model, ids)) if rank == 0 else None]
     dist.broadcast_object_list(complaint)
@@ -180,20 +179,6 @@ def _complaint(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | N
         if not error <= _LIMIT:
             return f"{name} is off by {error:.1e} (relative)"
     return None
-
-
-@contextlib.contextmanager
-def _counted() -> Iterator[list[int]]:
-    """Give a list to which each exchange of rows within adds the bytes that it brings to this rank."""
-    exchange, received = slices_of_attention._exchange, []
-
-    def counted(*arguments: Any) -> Tensor:
-        rows = exchange(*arguments)
-        received.append(rows.nbytes)
-        return rows
-
-    with mock.patch.object(slices_of_attention, "_exchange", counted):
-        yield received
 
 
 def _traffic(settings: Settings, received: Sequence[Sequence[int]]) -> Row:
