@@ -138,7 +138,9 @@ def differentiate_halo(
     if not layout.halo:
         return None, dhalo
     dq = empty_like(q).zero_()
-    differentiate_tiles(kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, (dq, dhalo[0], dhalo[1]), scale=scale)
+    differentiate_tiles(
+        kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, (dq, dhalo[0], dhalo[1]), scale=scale
+    )
     return dq, dhalo
 
 

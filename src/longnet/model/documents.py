@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longnet.model.sequence_parallel import current_group
+from longnet.model.sequence_parallel import current_chunk, current_group
 
 # Whose forward is read, by the name of its attention.
 _IMPLEMENTATIONS = ("dilated", "sparse_fixed")
@@ -128,7 +128,8 @@ def _read(given: dict[str, Any], x: Tensor, names: list[str]) -> _Pass:
     is_told = positions is not None and positions.ndim == 2 and positions.shape[1] == tokens
     positions = positions if is_told else None
     if (
-        given.get("cu_seq_lens_q") is not None  # which tell of documents themselves
+        current_chunk() is not None  # which knows of them
+        or given.get("cu_seq_lens_q") is not None  # which tell of documents themselves
         or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))  # made ahead, by generate()
         or (cache is not None and tokens == 1)
         or (positions is None and indices is None and (mask is None or mask.dtype == torch.bool))

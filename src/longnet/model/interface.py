@@ -18,13 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.registration import cast_under_autocast
-from longnet.attention.sequence_parallel import attend_slice, gather_slices
+from longnet.attention.sequence_parallel import attend_slice
 from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_attention
 from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
 from longnet.model.documents import read_by
 from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
-from longnet.model.sequence_parallel import current_group
+from longnet.model.sequence_parallel import current_chunk, slices_here
 from longnet.model.tensor_parallel import pattern_of_rank
 from longnet.model.versions import as_mask_function
 from longnet.model.visibility import Visible, visible_slice, visible_tokens
@@ -80,8 +80,13 @@ def dilated_attention_forward(
         if isinstance(attention_mask, Visible) and attention_mask.slices is not None:
             slices = attention_mask.slices
             slices = slices if bounds is None else replace(slices, bounds=bounds)
+            scale = q.shape[3] ** -0.5 if scaling is None else float(scaling)
+            chunk = current_chunk()
+            if chunk is not None:
+                if not is_causal or not isinstance(getattr(module, "layer_idx", None), int):
+                    raise ValueError(f"chunks serve causal layers that know their number, not {type(module).__name__}")
+                return chunk.attend(layer, q, k, v, pattern, scale=scale, sinks=sinks)
             q, k, v = cast_under_autocast(q, k, v)
-            scale = q.shape[3] ** -0.5 if scaling is None else scaling
             return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks)[0]
         return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling, sinks=sinks)[0]
 
@@ -112,8 +117,8 @@ def sparse_fixed_attention_forward(
 
 
 def _attend(call: Call, attend: Callable[..., Tensor]) -> tuple[Tensor, None]:
-    if call.mask is None and (group := current_group()) is not None:
-        slices = gather_slices(group, call.query.transpose(1, 2), None)
+    slices = slices_here(call.query.transpose(1, 2), None) if call.mask is None else None
+    if slices is not None:
         call = replace(call, mask=visible_slice(slices, call.query.shape[2], call.is_causal))
     reason = refusal(call)
     if reason is not None:

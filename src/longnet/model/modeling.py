@@ -14,11 +14,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longnet.attention.sequence_parallel import gather_slices
 from longnet.model.blocks import LongNetBlock, LongNetPreTrainedModel, see_both_ways
 from longnet.model.configuration import LongNetConfig
 from longnet.model.patterns import warn_of_unseen
-from longnet.model.sequence_parallel import current_group, positions_of_slice
+from longnet.model.sequence_parallel import current_chunk, current_group, positions_of_slice, slices_here
 from longnet.model.versions import CACHE, capture_outputs, columns_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
 from longnet.positions import RotaryPositions, Rotation, refuse_late_starts, sinusoidal
@@ -98,14 +97,15 @@ class LongNetModel(LongNetPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens needs position_ids that restart with each document, as collators send them")
-        group = current_group()
-        if group is not None:
+        is_slice = current_group() is not None or current_chunk() is not None
+        if is_slice:
             if cache is not None:
-                raise ValueError("a sequence that lies across ranks cannot be cached: leave out the cache")
+                raise ValueError("a sequence across ranks or chunks cannot be cached: leave out the cache")
             use_cache = False
             if self.config._attn_implementation != "dilated":
                 raise ValueError(
-                    f'across ranks only "dilated" attention can be computed, not "{self.config._attn_implementation}"'
+                    f'across ranks or chunks only "dilated" attention can be computed, not '
+                    f'"{self.config._attn_implementation}"'
                 )
         past_tokens = past_columns = 0
         if cache is not None:
@@ -113,7 +113,7 @@ class LongNetModel(LongNetPreTrainedModel):
         columns = columns_of(hidden_states, past_columns, kwargs.pop("cache_position", None))
         rotations = None
         highest = None
-        slices = None if group is None else gather_slices(group, hidden_states, bounds_of_mask(attention_mask))
+        slices = slices_here(hidden_states, bounds_of_mask(attention_mask)) if is_slice else None
         if position_ids is None and slices is not None:
             position_ids = positions_of_slice(slices, hidden_states.shape[1], hidden_states.device)
             highest = int(slices.edges[-1]) - 1
@@ -134,7 +134,7 @@ class LongNetModel(LongNetPreTrainedModel):
         visible: dict[str, Any]
         if slices is not None:
             if self.config.tail != "exact":
-                raise ValueError(f'across ranks tail={self.config.tail!r} cannot be had: set tail="exact"')
+                raise ValueError(f'across ranks or chunks tail={self.config.tail!r} cannot be had: set tail="exact"')
             mask = visible_slice(slices, hidden_states.shape[1], is_causal=self.config.is_causal)
             visible = {"attention_mask": mask}
         elif not self.config.is_causal:

@@ -1,4 +1,4 @@
-"""Any model with dilated attention over a sequence that lies across ranks (arXiv:2307.02486 §3)."""
+"""Any model with dilated attention over a part of a sequence: a rank's (arXiv:2307.02486 §3), or one chunk in time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
+from longnet.attention.chunks import Chunk
 from longnet.attention.sequence_parallel import Slices, gather_slices, group_of
 
 # No ContextVar: torch.compile cannot trace one, and a backward pass that runs layers again does so in other threads.
 _groups: list[dist.ProcessGroup] = []
+_chunks: list[Chunk] = []
 
 
 @contextlib.contextmanager
@@ -57,15 +59,54 @@ def current_group() -> dist.ProcessGroup | None:
     return _groups[-1] if _groups else None
 
 
+@contextlib.contextmanager
+def within_chunk(chunk: Chunk) -> Iterator[None]:
+    """Within this context a model with dilated attention sees one chunk of a sequence; `backward()` belongs here, too.
+
+    LongNet finds its positions; another Hugging Face model is given position_ids, as `positions_of_slice` has them.
+    """
+    _chunks.append(chunk)
+    try:
+        yield
+    finally:
+        _chunks.pop()
+
+
+def current_chunk() -> Chunk | None:
+    """Return the chunk that a model sees, None outside `within_chunk`."""
+    return _chunks[-1] if _chunks else None
+
+
+def is_read_up_to(layer: int) -> bool:
+    """Say whether nothing above a layer's keys and values is asked for, in a chunk that is only read."""
+    return bool(_chunks) and _chunks[-1].is_read_up_to(layer)
+
+
+def slices_here(x: Tensor, bounds: Tensor | None) -> Slices | None:
+    """Tell how the sequence lies of which x (B, T, …) is a slice; None where it is whole.
+
+    Args:
+        x: for its shape and device.
+        bounds: (B, 3), where its real tokens lie; None where all are real. A chunk knows where.
+    """
+    if _chunks:
+        return _chunks[-1].slices
+    return gather_slices(_groups[-1], x, bounds) if _groups else None
+
+
 def positions_of_slice(slices: Slices, tokens: int, device: torch.device) -> Tensor:
-    """Return the positions (B, T) of this rank's tokens, counted from each row's first real one."""
+    """Return the positions (B, T) of this slice's tokens, counted from each row's, or document's, first real one."""
     first = slices.bounds[:, 1:2].to(device)
     columns = slices.start.to(device) + torch.arange(tokens, device=device)
+    if slices.group is None and len(slices.bounds) > 1 and not slices.bounds[:, 0].any():  # documents in one row
+        first = first[(torch.searchsorted(first[:, 0].contiguous(), columns, right=True) - 1).clamp(min=0), 0][None]
     return (columns - first).clamp(min=0)
 
 
 def positions_fit(position_ids: Tensor, slices: Slices) -> bool:
     """Say, alike on all ranks, whether the position_ids (B or 1, T) of each one start where its slice does."""
+    if slices.group is None:
+        return True  # a chunk's positions are made beside it
     start = slices.start.to(position_ids.device)
     since_first = (start - slices.bounds[:, 1].to(position_ids.device)).clamp(min=0)
     found = position_ids[:, :1]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from longnet.attention.dilated import padding_bounds
-from longnet.attention.sequence_parallel import Slices, gather_slices
+from longnet.attention.sequence_parallel import Slices
 from longnet.model.documents import documents_told
-from longnet.model.sequence_parallel import current_group
+from longnet.model.sequence_parallel import current_chunk, slices_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +96,17 @@ def visible_tokens(
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
-    group = current_group()
-    if group is not None:
+    slices = slices_here(torch.empty(batch_size, q_length, 0, device=device), bounds_of_mask(attention_mask))
+    if slices is not None:
         is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
         refusal = None
         if use_vmap or local_size is not None or kv_length != q_length or int(q_offset) or kv_offset:
-            refusal = "neither caches, windows nor masks of one's own can be honoured across ranks"
-        elif mask_function not in (causal_mask_function, bidirectional_mask_function):
+            refusal = "neither caches, windows nor masks of one's own can be honoured across ranks or chunks"
+        elif mask_function not in (causal_mask_function, bidirectional_mask_function) and current_chunk() is None:
             refusal = (
                 "documents packed by position_ids alone have no edges across ranks: pass cu_seq_lens of all of them"
             )
-        like = torch.empty(batch_size, q_length, 0, device=device)
-        return visible_slice(gather_slices(group, like, bounds_of_mask(attention_mask)), q_length, is_causal, refusal)
+        return visible_slice(slices, q_length, is_causal, refusal)
     # create_bidirectional_mask alone passes this keyword; what else a mask function does is read from its answers.
     is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
     # A DilatedCache gives the new keys alone, and their column; before transformers 5.14 q_offset is their position.

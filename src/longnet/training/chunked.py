@@ -1,0 +1,521 @@
+"""One exact training step on a sequence longer than memory. Not in the paper.
+
+The sequence is read chunk by chunk without a graph, then learned from in reverse: each chunk is computed once more,
+with a graph, and sent back together with the gradients that later chunks owe its keys and values
+(`longnet.attention.chunks`). What is kept of the past is the state of open segments; what a chunk overwrites there
+goes to a log on disk. Loss and gradients are those of one pass over the whole sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longnet.attention.chunks import Chunk, Tape
+from longnet.attention.dilated import document_bounds, padding_bounds
+from longnet.attention.pattern import DilationPattern
+from longnet.model.cache import refusal
+from longnet.model.loss import IGNORED
+from longnet.model.patterns import heads_of, pattern_of
+from longnet.model.sequence_parallel import positions_of_slice, within_chunk
+
+_SAVED = "step.safetensors"
+
+Reader = Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+class Progress(NamedTuple):
+    """How far a step has come.
+
+    Attributes:
+        is_learning: the chunk was computed with a graph; else it was read.
+        tokens: of the chunk, in all rows.
+        chunk: which one, from 0.
+        chunks: of the sequence.
+        share: of the step's work that is done, where learning from a chunk counts as three readings.
+    """
+
+    is_learning: bool
+    tokens: int
+    chunk: int
+    chunks: int
+    share: float
+
+
+class Costs(NamedTuple):
+    """Bytes that a step in chunks needs beside the weights and one chunk's activations.
+
+    Attributes:
+        state: keys and values of open segments, of all layers, in memory.
+        owed: their gradients in memory, and one more such tensor while a chunk is sent back.
+        log: on disk, at most.
+    """
+
+    state: int
+    owed: int
+    log: int
+
+
+def chunk_costs(
+    config: PreTrainedConfig, *, tokens: int, chunk_tokens: int, sequences: int = 1, itemsize: int = 4
+) -> Costs:
+    """Count what a step in chunks needs: closed forms, in bytes.
+
+    For segments w₀ · f^i with rates f^i, and chunks of whole powers of f times w₀, the log takes
+    2 · G · D · layers · itemsize · w₀ · f / (f + 1) bytes a chunk and row, whatever the length.
+
+    Args:
+        config: of a causal model with a pattern.
+        tokens: of a sequence.
+        chunk_tokens: of a chunk.
+        sequences: rows that go through the model at a time.
+        itemsize: bytes of a number among keys and values: 4 in float32, 2 under bfloat16 autocast.
+    """
+    heads, head_dim = heads_of(config)
+    tape = _tape(config, _whole(sequences, tokens), tokens, chunk_tokens)
+    row = 2 * head_dim * itemsize
+    rows = len(tape.patterns) * tape.places[-1] * sequences * heads
+    log = max((sum(tape.rows_given(index, heads) for index in range(*span)) for span in _spans(tape)), default=0)
+    return Costs(state=rows * row, owed=2 * rows * 2 * head_dim * max(4, itemsize), log=log * row)
+
+
+def chunked_gradients(
+    model: nn.Module,
+    input_ids: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int,
+    items: int | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    autocast: contextlib.AbstractContextManager[object] | None = None,
+    folder: Path | None = None,
+) -> float:
+    """Add the gradient of the mean loss to the weights' `grad`, chunk by chunk; return that loss.
+
+    Loss and gradients are those of one pass over the whole sequences, but for rounding; memory is that of a chunk, and
+    of the pattern's open segments.
+
+    Args:
+        model: `LongNetForCausalLM`, or any causal language model of transformers whose attention is "dilated".
+        input_ids: (B, T) of any integer dtype, on any device; a chunk at a time goes to the model's.
+        targets: (B, T); targets[:, t] follows input_ids[:, t], and is not asked for where it is −100.
+        chunk_tokens: tokens of a chunk.
+        items: what the sum of losses is divided by; the targets asked for when None.
+        padding_mask: (B, T) bool, as in `dilated_attention`.
+        cu_seqlens: (n + 1,), as in `dilated_attention`.
+        autocast: entered for each forward pass.
+        folder: where the log lies; a temporary folder when None.
+
+    Raises:
+        ValueError: a model or arguments that do not do, or a log that does not fit on the disk.
+        OSError: the log cannot be written.
+    """
+    rows, tokens = input_ids.shape
+    bounds = None
+    if padding_mask is not None:
+        bounds = padding_bounds(padding_mask)
+    elif cu_seqlens is not None:
+        bounds = document_bounds(cu_seqlens, tokens)
+    if items is None:
+        items = sum(int((part != IGNORED).sum()) for part in torch.split(targets, 2**20, dim=1))
+    with ChunkedStep(
+        model, lambda start, stop: (input_ids[:, start:stop], targets[:, start:stop]), sequences=rows, tokens=tokens,
+        chunk_tokens=chunk_tokens, items=items, bounds=bounds, autocast=autocast, folder=folder,
+    ) as step:  # fmt: skip
+        for _ in step:
+            pass
+        return step.loss
+
+
+class ChunkedStep:
+    """A step that goes on chunk by chunk as it is iterated, and can be saved, killed and continued in between.
+
+        with ChunkedStep(model, read, …, folder=folder) as step:
+            for progress in step:
+                step.save()
+        optimizer.step()
+
+    Made anew with the same folder, it continues from its last save to the same bits.
+
+    Args:
+        model: as in `chunked_gradients`.
+        read: gives input_ids and targets (B, stop − start) of the tokens start … stop − 1.
+        sequences: B.
+        tokens: T.
+        chunk_tokens: tokens of a chunk.
+        items: what the sum of losses is divided by.
+        parts: into how many runs of sequences B is divided, one after the other.
+        bounds: (n, 3) int64, (batch row, start, stop) of each run of real tokens; None where all are real.
+        autocast: entered for each forward pass.
+        seed: of dropout, which is then the same in both passes, and after a restart; None leaves the random state.
+        folder: for the log and what `save` writes; None for a temporary one, and no saving.
+        about: what else the step depends on, of JSON's types: a save that says otherwise is not continued.
+
+    Attributes:
+        loss: so far; of the whole once the iteration has ended.
+
+    Raises:
+        ValueError: a model or arguments that do not do, or a log that does not fit on the disk.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Reader,
+        *,
+        sequences: int,
+        tokens: int,
+        chunk_tokens: int,
+        items: int,
+        parts: int = 1,
+        bounds: Tensor | None = None,
+        autocast: contextlib.AbstractContextManager[object] | None = None,
+        seed: tuple[int, ...] | None = None,
+        folder: Path | None = None,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        if min(sequences, tokens, chunk_tokens, items) < 1 or sequences % parts:
+            raise ValueError(
+                f"a step in chunks needs numbers of at least 1, and parts that divide the sequences, got {sequences} "
+                f"sequences of {tokens} tokens, chunks of {chunk_tokens}, {items} items, {parts} parts"
+            )
+        self.model, self.read, self.items, self.parts, self.seed = model, read, items, parts, seed
+        self.autocast = contextlib.nullcontext() if autocast is None else autocast
+        self.inner = _model_within(model)
+        self.device = next(model.parameters()).device
+        self.rows = sequences // parts
+        bounds = _whole(sequences, tokens) if bounds is None else bounds.cpu()
+        config = self.inner.config.get_text_config(decoder=True)
+        self.heads = heads_of(config)[0]
+        self.tapes = [
+            _tape(config, _rows_of(bounds, part * self.rows, (part + 1) * self.rows), tokens, chunk_tokens)
+            for part in range(parts)
+        ]
+        self.schedule = [
+            (part, span, chunk, is_learning)
+            for part, tape in enumerate(self.tapes)
+            for span in _spans(tape)
+            for chunk, is_learning in _order(*span)
+        ]
+        self.loss, self.done = 0.0, 0
+        self._temporary = tempfile.TemporaryDirectory(prefix="longnet-step-") if folder is None else None
+        self.folder = Path(self._temporary.name) if self._temporary is not None else cast("Path", folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log: _RowLog | None = None
+        self._states: Tensor | None = None
+        self._about = {**(about or {}), "tokens": tokens, "chunk": chunk_tokens, "rows": sequences, "parts": parts,
+                       "items": items, "seed": seed}  # fmt: skip
+        if folder is not None:
+            self._about["weights"] = _digest(self.inner)
+            self._resume()
+        self._refuse_full_disk(config, tokens, chunk_tokens)
+
+    def __enter__(self) -> ChunkedStep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the log; a temporary one goes."""
+        if self._log is not None:
+            self._log.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def discard(self) -> None:
+        """Delete what the step has left on disk: it counts, and will not be continued."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __iter__(self) -> Iterator[Progress]:
+        """Go on, and tell after each chunk.
+
+        Raises:
+            OSError: the log cannot be written; what was saved is whole.
+        """
+        work = list(itertools.accumulate(3 if learns else 1 for *_, learns in self.schedule))
+        for index in range(self.done, len(self.schedule)):
+            part, span, chunk_index, is_learning = self.schedule[index]
+            tape = self.tapes[part]
+            if index == 0 or self.schedule[index - 1][:2] != (part, span):
+                self._open(part, span)
+            chunk = Chunk(tape, chunk_index, is_learning=is_learning)
+            self._restore_or_learn(chunk, part, span) if is_learning else self._read(chunk, part)
+            self.done = index + 1
+            yield Progress(
+                is_learning, self.rows * (chunk.stop - chunk.start), chunk_index, tape.chunks, work[index] / work[-1]
+            )
+
+    def save(self) -> None:
+        """Write where the step stands, whole or not at all: `ChunkedStep` with this folder goes on from there.
+
+        Raises:
+            ValueError: a step in a temporary folder.
+            OSError: it cannot be written; what was saved before stays.
+        """
+        if self._temporary is not None:
+            raise ValueError("a step without a folder of its own cannot be saved: give one")
+        if not self.done:
+            return
+        part = self.schedule[self.done - 1][0]
+        tape, tensors = self.tapes[part], {}
+        if self._log is not None:
+            self._log.sync()
+        for name, x in (("states", tape.states), ("owed", tape.owed)):
+            if x is not None and x.numel():
+                tensors[name] = x.contiguous().cpu()
+        for name, weight in self.inner.named_parameters():
+            if weight.grad is not None:
+                tensors[f"grad/{name}"] = weight.grad.contiguous().cpu()
+        metadata = {"about": json.dumps(self._about), "done": str(self.done), "loss": self.loss.hex()}
+        path = self.folder / _SAVED
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}: {error}; make room and resume") from error
+        _sync_folder(self.folder)
+        for log in self.folder.glob("rows-*.log"):
+            if self._log is None or log != self._log.path:
+                log.unlink()
+
+    def _resume(self) -> None:
+        path = self.folder / _SAVED
+        if path.exists():
+            with safe_open(path, "pt", device="cpu") as file:
+                metadata = file.metadata()
+                if json.loads(metadata["about"]) == json.loads(json.dumps(self._about)):
+                    self.done, self.loss = int(metadata["done"]), float.fromhex(metadata["loss"])
+                    names = set(file.keys())
+                    tape = self.tapes[self.schedule[self.done - 1][0]]
+                    # Into memory of torch's own: kernels round otherwise where it is aligned otherwise.
+                    if "states" in names:
+                        tape.states = file.get_tensor("states").to(self.device, copy=True)
+                    if "owed" in names:
+                        tape.owed = file.get_tensor("owed").to(self.device, copy=True)
+                    for name, weight in self.inner.named_parameters():
+                        at = f"grad/{name}"
+                        weight.grad = file.get_tensor(at).to(weight.device, copy=True) if at in names else None
+        if not self.done:  # of another step, or of other weights
+            for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step.*")):
+                left.unlink()
+            return
+        part, span, _, _ = self.schedule[self.done - 1]
+        self._log = _RowLog(self._log_path(part, span))
+        tape = self.tapes[part]
+        if tape.states is not None:
+            self._log.offsets = self._offsets(tape, span)
+
+    def _open(self, part: int, span: tuple[int, int]) -> None:
+        if self._log is not None:
+            self._log.close()
+            if self._temporary is not None:
+                self._log.path.unlink(missing_ok=True)
+        self._log = _RowLog(self._log_path(part, span))
+        self.tapes[part].forget()
+
+    def _log_path(self, part: int, span: tuple[int, int]) -> Path:
+        return self.folder / f"rows-{part}-{span[0]}.log"
+
+    def _offsets(self, tape: Tape, span: tuple[int, int]) -> dict[int, tuple[int, int]]:
+        """Return where the log holds what each chunk overwrote, and how many rows."""
+        states = tape.read_states
+        row = 2 * states.shape[5] * states.element_size()
+        counts = [tape.rows_given(index, self.heads) for index in range(*span)]
+        starts = itertools.accumulate(counts, initial=0)
+        return {index: (start * row, count)
+                for index, start, count in zip(range(*span), starts, counts, strict=False)}  # fmt: skip
+
+    def _read(self, chunk: Chunk, part: int) -> None:
+        ids, _ = self._tokens(chunk, part)
+        with torch.no_grad(), within_chunk(chunk), self._seeded(chunk, part), self.autocast:
+            self.model(**self._inputs(chunk, ids), logits_to_keep=1)
+        span = self.schedule[self.done][1]
+        log = cast("_RowLog", self._log)
+        if not log.offsets:
+            log.offsets = self._offsets(chunk.tape, span)
+        log.write(chunk.index, chunk.replaced())
+
+    def _restore_or_learn(self, chunk: Chunk, part: int, span: tuple[int, int]) -> None:
+        tape = chunk.tape
+        if chunk.index < span[1] - 1:
+            states = tape.read_states
+            rows = cast("_RowLog", self._log).read(chunk.index, states.shape[5], states.dtype)
+            chunk.restore(rows.to(self.device))
+        ids, targets = self._tokens(chunk, part)
+        with within_chunk(chunk), self._seeded(chunk, part):
+            with self.autocast:
+                loss = self._loss(chunk, ids, targets)
+            chunk.backward(loss)
+        self.loss += loss.item()
+
+    def _loss(self, chunk: Chunk, ids: Tensor, targets: Tensor) -> Tensor:
+        inputs = self._inputs(chunk, ids)
+        if _finds_its_place(self.inner):
+            loss: Tensor = self.model(**inputs, shift_labels=targets, num_items_in_batch=self.items).loss
+            return loss
+        logits = self.model(**inputs).logits
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / self.items
+
+    def _inputs(self, chunk: Chunk, ids: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if not _finds_its_place(self.inner):
+            inputs["position_ids"] = positions_of_slice(chunk.slices, ids.shape[1], ids.device)
+        return inputs
+
+    def _tokens(self, chunk: Chunk, part: int) -> tuple[Tensor, Tensor]:
+        rows = slice(part * self.rows, (part + 1) * self.rows)
+        ids, targets = self.read(chunk.start, chunk.stop)
+        return ids[rows].to(self.device, torch.int64), targets[rows].to(self.device, torch.int64)
+
+    @contextlib.contextmanager
+    def _seeded(self, chunk: Chunk, part: int) -> Iterator[None]:
+        if self.seed is None:
+            yield
+            return
+        words = np.random.SeedSequence([*self.seed, part, chunk.index]).generate_state(1, np.uint64)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(words[0]))
+            yield
+
+    def _refuse_full_disk(self, config: PreTrainedConfig, tokens: int, chunk_tokens: int) -> None:
+        itemsize = max(2, next(self.model.parameters()).element_size())
+        costs = chunk_costs(config, tokens=tokens, chunk_tokens=chunk_tokens, sequences=self.rows, itemsize=itemsize)
+        there = sum(path.stat().st_size for path in self.folder.glob("rows-*.log"))
+        free = shutil.disk_usage(self.folder).free
+        if costs.log > free + there:
+            raise ValueError(
+                f"the log of a step of {tokens:,} tokens in chunks of {chunk_tokens:,} takes {costs.log / 1e9:.3g} GB, "
+                f"and {self.folder} has {free / 1e9:.3g} GB: make room, or take longer chunks"
+            )
+
+
+class _RowLog:
+    """Rows that chunks have overwritten, each chunk's at its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets: dict[int, tuple[int, int]] = {}
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def write(self, index: int, rows: Tensor) -> None:
+        offset, count = self.offsets[index]
+        if len(rows) != count:
+            raise ValueError(f"chunk {index} overwrote {len(rows)} rows, where {count} were counted")
+        data = memoryview(rows.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+        try:
+            while data:
+                written = os.pwrite(self._file, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}; make room and resume") from error
+
+    def read(self, index: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        offset, count = self.offsets[index]
+        rows = torch.empty(count, 2, head_dim, dtype=dtype)
+        data = memoryview(rows.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+        while data:
+            came = os.preadv(self._file, [data], offset)
+            if not came:
+                raise OSError(f"{self.path} ends before the rows of chunk {index}: it is damaged")
+            data, offset = data[came:], offset + came
+        return rows
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def _tape(config: PreTrainedConfig, bounds: Tensor, tokens: int, chunk_tokens: int) -> Tape:
+    reason = refusal(config)
+    if reason is not None:
+        raise ValueError(f"{type(config).__name__} cannot learn in chunks: {reason}")
+    patterns: list[DilationPattern] = [pattern_of(config, layer) for layer in range(config.num_hidden_layers)]
+    return Tape(patterns, tokens=tokens, chunk_tokens=chunk_tokens, bounds=bounds)
+
+
+def _spans(tape: Tape) -> list[tuple[int, int]]:
+    """Return runs of chunks that give nothing to one another: first chunk, one past the last."""
+    spans, first = [], 0
+    for index in range(tape.chunks):
+        if not tape.is_open_after(index):
+            spans.append((first, index + 1))
+            first = index + 1
+    return spans
+
+
+def _order(first: int, stop: int) -> Iterator[tuple[int, bool]]:
+    """Yield chunks and whether they are learned from: the last one need not be read before."""
+    for chunk in range(first, stop - 1):
+        yield chunk, False
+    for chunk in reversed(range(first, stop)):
+        yield chunk, True
+
+
+def _whole(rows: int, tokens: int) -> Tensor:
+    return torch.tensor([[row, 0, tokens] for row in range(rows)])
+
+
+def _rows_of(bounds: Tensor, first: int, stop: int) -> Tensor:
+    within = bounds[(bounds[:, 0] >= first) & (bounds[:, 0] < stop)]
+    return within - torch.tensor([first, 0, 0])
+
+
+def _model_within(model: nn.Module) -> PreTrainedModel:
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None or inner.config._attn_implementation != "dilated":
+        raise ValueError(
+            'to learn in chunks takes a causal language model of transformers whose attention is "dilated", see '
+            f"longnet.use_dilated_attention; got {type(model if inner is None else inner).__name__}"
+        )
+    if not _finds_its_place(inner) and "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(f"{type(inner).__name__} takes no position_ids, so chunks cannot tell it where they lie")
+    return inner
+
+
+def _finds_its_place(model: PreTrainedModel) -> bool:
+    """Say whether a model knows of chunks by itself, as LongNet does: its positions, and its loss."""
+    return "shift_labels" in inspect.signature(model.forward).parameters
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
