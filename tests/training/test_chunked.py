@@ -18,9 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import longnet
 from cases import patterns
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+from longnet.data.loader import Windows
+from longnet.data.shards import TokenData
 from longnet.model.versions import checkpoint_layers
 from longnet.training import chunked
 from longnet.training.chunked import ChunkedStep, chunk_costs, chunked_gradients
+from longnet.training.loop import train
+from training.runs import lines, tensors
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
@@ -327,3 +331,58 @@ def test_what_cannot_learn_in_chunks_is_refused():
         pytest.raises(ValueError, match="a folder of its own cannot be saved"),
     ):
         step.save()
+
+
+def test_a_run_in_chunks_learns_what_one_at_once_does(make_recipe, tmp_path):
+    plain = {"hidden_dropout": 0.0}
+    found = []
+    for name, chunks in (("whole", None), ("chunks", 7)):
+        recipe = make_recipe(model=plain, train={"steps": 3, "chunk_tokens": chunks, "accumulate": 2, "log_every": 1})
+        train(recipe, tmp_path / name, progress=False)
+        found.append([row["loss"] for row in lines(tmp_path / name) if row["kind"] == "train"])
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert not (tmp_path / "chunks" / "step").exists()
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_signal_stops_a_run_within_a_step_and_it_goes_on_to_the_same_bits(
+    make_recipe, tmp_path, monkeypatch, at_step, capsys
+):
+    recipe = make_recipe(train={"steps": 4, "chunk_tokens": 5, "accumulate": 2, "log_every": 1})
+    train(recipe, tmp_path / "through", progress=False)
+    real, calls = Windows.batch, []
+
+    def interrupt(windows, number, sequences, **keywords):
+        calls.append((number, keywords))
+        if sum(step == at_step for step, _ in calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(windows, number, sequences, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "batch", interrupt)
+        summary = train(recipe, tmp_path / "stopped")
+    assert (summary.step, summary.stopped_by) == (at_step, signal.SIGINT)
+    assert f"step {at_step + 1}/4  " in capsys.readouterr().out
+    before = len(calls)
+    monkeypatch.setattr(Windows, "batch", interrupt)
+    summary = train(recipe, tmp_path / "stopped", resume=True, progress=False)
+    assert (summary.step, summary.stopped_by) == (4, None)
+    again = [step for step, _ in calls[before:]]
+    assert again.count(at_step) == again.count(3) - 9  # the chunks before are not computed again
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "through")
+    assert tensors(summary.model_folder) == tensors(tmp_path / "through/checkpoints/step-00000004")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"train": {"chunk_tokens": 0}}, r"train.chunk_tokens must be at least 1"),
+        ({"train": {"chunk_tokens": 8, "compile": True}}, r"goes without train.compile"),
+        ({"train": {"chunk_tokens": 8}, "parallel": {"sp": 2}}, r"needs one process .* parallel.sp = 2"),
+        ({"train": {"chunk_tokens": 8}, "model": {"attention": "sdpa"}}, r"model.attention = 'dilated', got .*'sdpa'"),
+    ],
+)
+def test_recipes_that_cannot_learn_in_chunks_are_refused(make_recipe, data, replaced, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(**replaced).resolve(TokenData.open(data))

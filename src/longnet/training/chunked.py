@@ -41,7 +41,7 @@ _SAVED = "step.safetensors"
 Reader = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
-class Progress(NamedTuple):
+class ChunkProgress(NamedTuple):
     """How far a step has come.
 
     Attributes:
@@ -246,7 +246,7 @@ class ChunkedStep:
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __iter__(self) -> Iterator[Progress]:
+    def __iter__(self) -> Iterator[ChunkProgress]:
         """Go on, and tell after each chunk.
 
         Raises:
@@ -261,7 +261,7 @@ class ChunkedStep:
             chunk = Chunk(tape, chunk_index, is_learning=is_learning)
             self._restore_or_learn(chunk, part, span) if is_learning else self._read(chunk, part)
             self.done = index + 1
-            yield Progress(
+            yield ChunkProgress(
                 is_learning, self.rows * (chunk.stop - chunk.start), chunk_index, tape.chunks, work[index] / work[-1]
             )
 

@@ -54,6 +54,10 @@ class TrainConfig:
     """Into how many parts, one after the other, a step's sequences are divided: more parts, less memory, the same
     result but for rounding. A divisor of batch_sequences."""
 
+    chunk_tokens: int | None = None
+    """Learn from each sequence in chunks of so many tokens, exactly, in the memory of one: for sequences that do not
+    fit. Slower by a pass without a graph; keeps a log on disk, and a checkpoint of every step. None learns at once."""
+
     seed: int = 0
     """Of the initial weights, of the order of the data and of dropout."""
 
@@ -83,6 +87,11 @@ class TrainConfig:
         for name in ("steps", "tokens", "batch_sequences", "accumulate", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_tokens is not None and (self.chunk_tokens < 1 or self.compile):
+            raise ValueError(
+                f"train.chunk_tokens must be at least 1, and goes without train.compile, got {self.chunk_tokens} and "
+                f"compile = {str(self.compile).lower()}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"train.seed must be 0 or more and below 2^63, got {self.seed}")
         if self.batch_sequences % self.accumulate:
@@ -227,6 +236,11 @@ class Recipe:
             raise ValueError(
                 f"parallel.dp × train.accumulate must divide train.batch_sequences = {train.batch_sequences}, got "
                 f"{dp} × {train.accumulate}"
+            )
+        if train.chunk_tokens is not None and (dp * sp > 1 or self.model.attention != "dilated"):
+            raise ValueError(
+                f"train.chunk_tokens needs one process and model.attention = 'dilated', got parallel.dp = {dp}, "
+                f"parallel.sp = {sp} and {self.model.attention!r}: leave it out"
             )
         if sp > 1 and self.model.attention != "dilated":
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import shutil
 import signal
 import threading
 import time
@@ -38,8 +39,9 @@ from longnet.training.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
+from longnet.training.chunked import ChunkedStep, ChunkProgress
 from longnet.training.config import Recipe, Tables, differences, to_toml
-from longnet.training.metrics import Metrics, Screen, describe, peak_flops
+from longnet.training.metrics import Metrics, Screen, describe, describe_chunk, peak_flops
 from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
 from longnet.training.parallel import Ranks, open_ranks, whole
 from longnet.training.state import (
@@ -52,6 +54,8 @@ from longnet.training.state import (
     take_snapshot,
     write_snapshot,
 )
+
+_SAVE_SECONDS = 60.0  # between two saves of a step in chunks
 
 
 class Summary(NamedTuple):
@@ -181,6 +185,7 @@ class _Run:
         """Take the steps that are left."""
         train, state = self.recipe.train, self.state
         self.device, self.saving = self.ranks.device, Saving()
+        self.saved = None if self.checkpoint is None else state.step
         dtype = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
         self.flops = training_flops(self.model, self.model.config, tokens=train.tokens) * train.batch_sequences
@@ -202,8 +207,14 @@ class _Run:
         while state.step < train.steps:
             self.ranks.mark()
             started = time.perf_counter()
-            lr, norm = self._step()
+            figures = self._step()
             state.seconds += time.perf_counter() - started
+            if figures is None:  # stopped within a step in chunks, which goes on from where it stands
+                if self.saved != state.step:
+                    self._save()
+                self.stopped_by = self.stop.signal
+                break
+            lr, norm = figures
             if state.step % train.log_every == 0 or state.step == train.steps:
                 self._log(lr, norm, mark)
                 mark = (state.step, state.seconds)
@@ -212,24 +223,32 @@ class _Run:
             signalled, failed = self.ranks.largest(self.stop.signal or 0, int(self.saving.has_failed))
             if failed:
                 self.saving.wait()
-            if state.step == train.steps or signalled or (every and state.step % every == 0):
+            if train.chunk_tokens or state.step == train.steps or signalled or (every and state.step % every == 0):
                 self._save()
             if signalled and state.step < train.steps:
                 self.stopped_by = signal.Signals(signalled)
                 break
             self._report()
         self.checkpoint = self.saving.wait() or self.checkpoint
+        if train.chunk_tokens and state.step == train.steps:
+            shutil.rmtree(self.output / "step", ignore_errors=True)
 
-    def _step(self) -> tuple[float, float]:
-        """Train on one batch; return the learning rate and the norm of the gradient."""
+    def _step(self) -> tuple[float, float] | None:
+        """Train on one batch; return the learning rate and the norm of the gradient, None where a signal came first."""
         train, optim, ranks, state = self.recipe.train, self.recipe.optim, self.ranks, self.state
-        input_ids, targets = ranks.batch(self.windows, state.step, train.batch_sequences)
-        ranks.seed(train.seed, state.step)
         items = train.batch_sequences * train.tokens
-        with ranks.sequence():
-            total = accumulate_gradients(
-                self.trained, input_ids, targets, parts=train.accumulate, items=items, autocast=self.autocast
-            )
+        if train.chunk_tokens is None:
+            input_ids, targets = ranks.batch(self.windows, state.step, train.batch_sequences)
+            ranks.seed(train.seed, state.step)
+            with ranks.sequence():
+                total = accumulate_gradients(
+                    self.trained, input_ids, targets, parts=train.accumulate, items=items, autocast=self.autocast
+                )
+        else:
+            loss_in_chunks = self._learn_in_chunks(train.chunk_tokens, items)
+            if loss_in_chunks is None:
+                return None
+            total = torch.tensor(loss_in_chunks, device=self.device)
         total, gradient = ranks.mean_loss(total), whole(gradient_norm(self.model))
         loss, norm = torch.stack([total, gradient.to(total)]).tolist()
         lr = learning_rate(optim, state.step, train.steps)
@@ -241,6 +260,36 @@ class _Run:
         else:
             self._skip(loss, norm)
         return lr, norm
+
+    def _learn_in_chunks(self, chunk_tokens: int, items: int) -> float | None:
+        train, step = self.recipe.train, self.state.step
+
+        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return self.windows.batch(step, train.batch_sequences, start=start, stop=stop)
+
+        with ChunkedStep(
+            self.trained, read, sequences=train.batch_sequences, tokens=train.tokens, chunk_tokens=chunk_tokens,
+            items=items, parts=train.accumulate, autocast=self.autocast, seed=(train.seed, step),
+            folder=self.output / "step", about={"step": step, "data": self.data.fingerprint},
+        ) as learning:  # fmt: skip
+            started = saved = time.perf_counter()
+            before: ChunkProgress | None = None
+            tokens = 0
+            for progress in learning:
+                now = time.perf_counter()
+                tokens += progress.tokens
+                if before is None:
+                    before, started, tokens = progress, now, 0
+                told = describe_chunk(progress, tokens=tokens, seconds=now - started, since=before.share)
+                self.screen.within(step, told)
+                is_stopped = self.stop.signal is not None and progress.share < 1
+                if is_stopped or now - saved >= _SAVE_SECONDS:
+                    learning.save()
+                    saved = now
+                    self.screen.note(step, told)
+                if is_stopped:
+                    return None
+            return learning.loss
 
     def _skip(self, loss: float, norm: float) -> None:
         # Neither weights nor moments have been touched: the optimizer was not called.
@@ -276,6 +325,7 @@ class _Run:
         self.screen.show(state.step, describe(row, (train.steps - state.step) * seconds / steps))
 
     def _save(self) -> None:
+        self.saved = self.state.step
         self.ranks.on_first(self.metrics.sync)  # a checkpoint's lines are on disk before it is
         self.saving.wait()  # before there are copies for another one
         model, ranks, step = self.model, self.ranks, self.state.step

@@ -19,6 +19,8 @@ from longnet.measurement import seconds
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from longnet.training.chunked import ChunkProgress
+
 _UNSCALED = ("kind", "step", "text")  # no scalars for TensorBoard
 
 
@@ -145,6 +147,16 @@ class Screen:
         else:
             self.say(f"step {step}/{self._steps}  {figures}")
 
+    def within(self, step: int, figures: str) -> None:
+        """Show on the bar, if there is one, how far a step has come."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=figures)
+
+    def note(self, step: int, figures: str) -> None:
+        """Say how far a step has come where no bar shows it."""
+        if self._bar is None:
+            self.say(f"step {step + 1}/{self._steps}  {figures}")
+
     def say(self, line: str) -> None:
         """Print a line."""
         self._console.print(line, markup=False)
@@ -166,6 +178,22 @@ def describe(row: dict[str, Any], seconds_left: float) -> str:
         f"{_clock(seconds_left)} left  loss {loss}  lr {row['lr']:.2e}  gradient {gradient}  "
         f"{row['tokens_per_s']:,.0f} tokens/s  MFU {utilisation}  {row['memory'] / 2**30:.2f} GiB"
     )
+
+
+def describe_chunk(progress: ChunkProgress, *, tokens: int, seconds: float, since: float) -> str:
+    """Return how far a step in chunks has come, for the screen.
+
+    Args:
+        progress: of its last chunk.
+        tokens: that went by in `seconds`, in both passes.
+        seconds: of this process.
+        since: the share of the step that was done before them.
+    """
+    doing = "learning" if progress.is_learning else "reading"
+    rate = f"{tokens / seconds:,.0f} tokens/s  " if tokens else ""
+    left = seconds * (1 - progress.share) / (progress.share - since) if progress.share > since else None
+    time_left = "" if left is None else f"  {_clock(left)} left"
+    return f"{doing} chunk {progress.chunk + 1}/{progress.chunks}  {rate}{progress.share:.1%}{time_left}"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
