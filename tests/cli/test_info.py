@@ -70,6 +70,13 @@ def test_memory_across_ranks(call, recipe, recipe_file, words, capsys):
     assert "with parallel.sp = 1 (" in printed
 
 
+def test_a_recipe_in_chunks_tells_of_its_log(call, recipe_file, capsys):
+    assert call("info", recipe_file, "--train.chunk-tokens", "24") == 0
+    printed = capsys.readouterr().out
+    assert "in chunks of 24 tokens" in printed
+    assert "on disk" in printed
+
+
 def test_the_commands_of_the_documentation_are_recipes():
     """What docs/distributed.md starts under torchrun: tables that go together, with as many ranks as processes."""
     text = (ROOT / "docs/distributed.md").read_text().partition("## Launching")[2].partition("## How")[0]

@@ -86,6 +86,8 @@ def _memory_of_training(
     from longnet.model.budget import longest_sequence, training_memory
 
     train, dp, sp = recipe.train, recipe.parallel.dp, recipe.parallel.sp
+    if train.chunk_tokens is not None:
+        return _memory_in_chunks(recipe, config, tokens, train.chunk_tokens)
     sequences = train.batch_sequences // (train.accumulate * dp)
     bfloat16, checkpointed = train.dtype == "bfloat16", train.checkpoint_activations
     needed = training_memory(
@@ -111,6 +113,27 @@ def _memory_of_training(
     longest = ", ".join(f"{length:,} with parallel.sp = {count}" for count, length in lengths.items())
     lines.append(("longest", f"sequence in {memory:g} GiB a rank, in tokens: {longest} (parallel.dp = {dp})"))
     return lines
+
+
+def _memory_in_chunks(recipe: Recipe, config: LongNetConfig, tokens: int, chunk_tokens: int) -> list[tuple[str, str]]:
+    from longnet.model.budget import training_memory
+    from longnet.training.chunked import chunk_costs
+
+    train = recipe.train
+    sequences, bfloat16 = train.batch_sequences // train.accumulate, train.dtype == "bfloat16"
+    needed = training_memory(
+        config, tokens=min(tokens, chunk_tokens), sequences=sequences, bfloat16=bfloat16,
+        checkpoint_activations=train.checkpoint_activations,
+    )  # fmt: skip
+    costs = chunk_costs(
+        config, tokens=tokens, chunk_tokens=chunk_tokens, sequences=sequences, itemsize=2 if bfloat16 else 4
+    )
+    return [
+        ("memory", f"in chunks of {chunk_tokens:,} tokens {_gigabytes(needed.total + costs.state + costs.owed)}: "
+         f"a chunk, weights and Adam {_gigabytes(needed.total)}, state {_gigabytes(costs.state)}, gradients owed "
+         f"{_gigabytes(costs.owed)} (estimate; PyTorch itself on top)"),
+        ("log", f"{_gigabytes(costs.log)} on disk, {costs.log / tokens / sequences:.3g} bytes a token"),
+    ]  # fmt: skip
 
 
 def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
