@@ -29,12 +29,12 @@ from training.runs import lines, tensors
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
 
-def longnet_model(pattern=PATTERN, *, layers=2, **fields):
+def longnet_model(pattern=PATTERN, *, layers=2, position="rope", **fields):
     torch.manual_seed(0)
     config = LongNetConfig(
         attn_implementation="dilated", vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
-        head_offsets=pattern.head_offsets, queries=pattern.queries, position_embedding="rope", **fields,
+        head_offsets=pattern.head_offsets, queries=pattern.queries, position_embedding=position, **fields,
     )  # fmt: skip
     return LongNetForCausalLM(config).double().train()
 
@@ -125,6 +125,13 @@ def test_a_chunk_that_gives_no_row_is_not_the_end_of_a_segment():
     ids, targets = tokens_of(1, 512)
     expected = whole(model, ids, targets)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=8), expected)
+
+
+def test_xpos_counts_from_the_sequences_start():
+    model = longnet_model(DilationPattern((8, 64), (1, 4)), position="xpos")
+    ids, targets = tokens_of(1, 150)
+    expected = whole(model, ids, targets)
+    assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=24), expected)
 
 
 def test_any_causal_model_of_transformers():

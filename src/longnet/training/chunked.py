@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from longnet.attention.chunks import Chunk, Tape
 from longnet.attention.dilated import document_bounds, padding_bounds
 from longnet.attention.pattern import DilationPattern
+from longnet.model import LongNetForCausalLM
 from longnet.model.cache import refusal
 from longnet.model.loss import IGNORED
 from longnet.model.patterns import heads_of, pattern_of
@@ -503,7 +504,7 @@ def _model_within(model: nn.Module) -> PreTrainedModel:
 
 def _finds_its_place(model: PreTrainedModel) -> bool:
     """Say whether a model knows of chunks by itself, as LongNet does: its positions, and its loss."""
-    return "shift_labels" in inspect.signature(model.forward).parameters
+    return isinstance(model, LongNetForCausalLM)
 
 
 def _digest(model: nn.Module) -> str:
