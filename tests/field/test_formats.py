@@ -28,7 +28,9 @@ from longnet.data.corpus import list_corpus
 from longnet.data.documents import Piece, Reading, Skipped, read_pieces
 
 PACKED = {  # in small blocks, where there are such
-    "": bytes, ".gz": lambda data: gzip.compress(data, mtime=0), ".bz2": lambda data: bz2.compress(data, 1), ".xz": lzma.compress,
+    "": bytes,
+    ".gz": lambda data: gzip.compress(data, mtime=0),
+    ".bz2": lambda data: bz2.compress(data, 1), ".xz": lzma.compress,
     ".zst": zstandard.compress,
 }  # fmt: skip
 RECORDS = [{"text": "one"}, {"text": "zwei ☃"}]
