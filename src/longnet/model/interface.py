@@ -154,7 +154,7 @@ def use_dilated_attention(model: nn.Module, pattern: DilationPattern, *, rotate_
             above that number leave out no position.
 
     Raises:
-        TypeError: `pattern` is no DilationPattern, or `model` holds no Hugging Face model.
+        TypeError: `pattern` is no DilationPattern, or `model` holds no Hugging Face model, or one without attention.
         ValueError: a model whose attention cannot be chosen, or a pattern for some of a layer's heads, or shifted.
     """
     if not isinstance(pattern, DilationPattern):
@@ -197,6 +197,11 @@ def _use(model: nn.Module, name: str, **fields: Any) -> None:
     models = _models_in(model)
     if not models:
         raise TypeError(f"a Hugging Face model is expected, got {type(model).__name__}, which holds no PreTrainedModel")
+    if not any(getattr(inner.config.get_text_config(), "num_attention_heads", None) for inner in models):
+        raise TypeError(
+            f"{type(models[0]).__name__} has no attention heads (its config holds no num_attention_heads): there is no "
+            "attention that could be exchanged"
+        )
     models[0].set_attn_implementation(name)
     for inner in models:
         if inner.config._attn_implementation != name:
