@@ -12,7 +12,7 @@ from longnet.attention.backends import dispatch
 from longnet.attention.backends.cuda import INT32_MAX
 from longnet.attention.backends.dispatch import Kernels
 from longnet.attention.plan import Tile
-from longnet.attention.views import blocks
+from longnet.attention.views import Block, blocks
 
 _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
 
@@ -40,7 +40,7 @@ def attend_tiles(
         kernel = kernels.of(tile)
         for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q), groups_heads=kernel.groups_heads):
             tile_out, tile_lse = kernel.attend(
-                block.q(q), block.kv(k), block.kv(v), is_causal=tile.is_causal, scale=scale
+                block.q(q), _packed(block, k), _packed(block, v), is_causal=tile.is_causal, scale=scale
             )
             if block.q_first:
                 out, lse = _write(out, block.q(out), tile_out), _write(lse, block.q(lse), tile_lse)
@@ -93,6 +93,18 @@ def differentiate_tiles(
             dk = _accumulate(dk, block.kv_once(dk), dk_part, is_first=block.kv_first)
             dv = _accumulate(dv, block.kv_once(dv), dv_part, is_first=block.kv_first)
     return dq, dk, dv
+
+
+def _packed(block: Block, x: Tensor) -> Tensor:
+    """View the rows of keys or values; on the CPU close together where several phases of queries read them.
+
+    Rows a power of two apart fall into few sets of the cache, and are fetched anew for each phase: at a rate of 64 the
+    kernel takes 11 % longer. Laid side by side they are 1/rate of the keys, once a call.
+    """
+    rows = block.kv(x)
+    if x.device.type != "cpu" or block.tile.k_rate == 1 or not block.shared:
+        return rows
+    return block.kv_once(x).contiguous().expand(rows.shape)
 
 
 def rows_dense(x: Tensor) -> Tensor:
