@@ -154,8 +154,13 @@ def test_sinks_of_each_query_and_of_other_heads():
         dilated_attention_forward(layer, q, k[:, :2], v[:, :2], None, s_aux=torch.randn(3))
 
 
-def test_sparse_fixed_attention_has_no_sinks():
-    model = gpt_oss()
-    use_sparse_fixed_attention(model, SparseFixedPattern(8, 2))
-    with pytest.raises(ValueError, match="attention sinks"):
-        model(tokens_of(1, 9))
+def test_sinks_of_the_sparse_transformer():
+    eager = gpt_oss()
+    query, key = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
+    seen = (key <= query) & ((key // 8 == query // 8) | (key % 8 >= 6))
+    expected, wanted = outputs(eager, attention_mask=torch.where(seen, 0.0, -torch.inf)[None, None])
+    use_sparse_fixed_attention(eager, SparseFixedPattern(8, 2))
+    logits, gradients = outputs(eager)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    name = "model.layers.0.self_attn.sinks"
+    torch.testing.assert_close(gradients[name], wanted[name], atol=1e-5, rtol=1e-4)

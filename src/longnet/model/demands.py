@@ -93,7 +93,7 @@ class Demand(NamedTuple):
 # What each implementation can do beyond attending within one row of real tokens, or several packed, behind a mask or
 # a cache that keeps all keys.
 HONOURED: dict[Implementation, frozenset[str]] = {
-    "dilated": frozenset({"a DilatedCache", "a slice of a sequence", "no causality", "sinks"}),
+    "dilated": frozenset({"a DilatedCache", "a slice of a sequence", "no causality"}),
     "sparse_fixed": frozenset(),
 }
 
@@ -272,9 +272,6 @@ _DEMANDS = (
     _keyword(
         "soft-capped logits", ("softcap",),
         "soft-capped logits cannot be honoured (attn_logit_softcapping=None in the config switches them off)",
-    ),
-    _keyword(
-        "sinks", ("s_aux", "sinks"), "attention sinks (s_aux) cannot be honoured: use attn_implementation=\"dilated\""
     ),
     Demand("sinks of other heads", _sinks_of_other_heads),
     _keyword(

@@ -109,11 +109,12 @@ def sparse_fixed_attention_forward(
     sparse_summary and, optionally, sparse_stride, and that a model that is not causal is refused.
     """
     pattern = sparse_pattern_of(cast("PreTrainedConfig", module.config))
+    call = Call("sparse_fixed", module, query, key, value, attention_mask, dropout, kwargs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
-        return sparse_fixed_attention(q, k, v, pattern, bounds=bounds, scale=scaling)
+        return sparse_fixed_attention(q, k, v, pattern, bounds=bounds, scale=scaling, sinks=call.sinks)
 
-    return _attend(Call("sparse_fixed", module, query, key, value, attention_mask, dropout, kwargs), attend)
+    return _attend(call, attend)
 
 
 def _attend(call: Call, attend: Callable[..., Tensor]) -> tuple[Tensor, None]:
