@@ -60,7 +60,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
         (["show", "8:1"], "show needs --tokens; for example: longnet show paper -n 32768"),
         (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
-        (["show", "8:1", "-n", "x"], "--tokens must be an integer, got x"),
+        (["show", "8:1", "-n", "x"], "-n must be an integer, got x"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
         (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),
         (["bench", "attention", "--device", "cuda"], "--device = 'cuda', but torch finds no GPU"),
@@ -139,14 +139,14 @@ def test_lists_are_written_in_one_way(words, spread):
 
 def test_bench_attention_writes_rows_and_a_picture(monkeypatch, capsys, tmp_path):
     small = attention.Settings(
-        lengths=(2048, 2100), token_lengths=(2100,), memory_length=4096, tile_rows=(64, 128), num_heads=1, head_dim=8,
-        repeats=1,
+        lengths=(2048, 2100), dense_query_lengths=(2100,), factors=(4,), token_lengths=(2100,), memory_length=4096,
+        tile_rows=(64, 128), num_heads=1, head_dim=8, repeats=1,
     )  # fmt: skip
     monkeypatch.setattr(attention, "QUICK", small)
     assert run(monkeypatch, "bench", "attention", "--quick", "--device", "cpu", "-o", str(tmp_path)) == 0
     rows = [json.loads(line) for line in (tmp_path / "attention.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == [
-        "compare", "compare", "tile", "tile", "accuracy", "accuracy", "per_token", "memory",
+        "compare", "compare", "dense_queries", "tile", "tile", "accuracy", "accuracy", "per_token", "memory",
     ]  # fmt: skip
     assert (tmp_path / "runtime.png").exists()
     assert "2,100" in capsys.readouterr().out

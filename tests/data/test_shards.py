@@ -162,8 +162,8 @@ def test_a_shard_that_shrinks_while_it_is_read(damaged):
     ("change", "message"),
     [
         (lambda index: index.update(format=2), "has format 2, this version of longnet reads 1"),
-        (lambda index: index.pop("format"), "index.json is damaged"),
-        (lambda index: index.pop("splits"), "index.json is damaged"),
+        (lambda index: index.pop("format"), "index.json is no index that `longnet prepare` has written"),
+        (lambda index: index.pop("splits"), "index.json is no index that `longnet prepare` has written"),
         (
             lambda index: index["splits"]["train"].update(tokens=7),
             "train-documents.npy ends at token 501, the index says 7",
