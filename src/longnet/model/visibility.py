@@ -13,7 +13,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from longnet.attention.dilated import padding_bounds
 from longnet.attention.sequence_parallel import Slices
 from longnet.model.documents import documents_told
-from longnet.model.sequence_parallel import current_chunk, slices_here
+from longnet.model.sequence_parallel import current_chunk, current_group, slices_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,9 @@ def visible_tokens(
     """
     if isinstance(attention_mask, Visible):
         return attention_mask
-    slices = slices_here(torch.empty(batch_size, q_length, 0, device=device), bounds_of_mask(attention_mask))
+    slices = None
+    if current_group() is not None or current_chunk() is not None:
+        slices = slices_here(torch.empty(batch_size, q_length, 0, device=device), bounds_of_mask(attention_mask))
     if slices is not None:
         is_causal = mask_function is causal_mask_function or "allow_is_bidirectional_skip" not in kwargs
         refusal = None
