@@ -38,7 +38,8 @@ class Memory(NamedTuple):
         gathered: weights of which other ranks have a share, while they are needed, and their gradients.
         activations: what layers keep of the tokens of its slice.
         halo: rows of other slices, keys and values.
-        loss: the logits of a chunk, the gradients of the head and of the last hidden states.
+        loss: the logits of a chunk, the gradients of the head and of the last hidden states; where layers are
+            recomputed, what is not over by then, or goes beyond what they take.
     """
 
     weights: int
@@ -101,7 +102,8 @@ def training_memory(
     attention's output, laid out by heads and by tokens, and after its LayerNorm) and three of the feed-forward width;
     of the slices before its own the halo, never more rows than a streaming state has (`DilationPattern.state_rows`):
     a number that ceases to grow with the length. The layer at work has its halo's gradient, and both once more as they
-    travel. The loss adds the logits of a chunk of tokens and the gradients of the last hidden states and of the head.
+    travel. The loss adds the logits of a chunk of tokens and the gradients of the last hidden states and of the head;
+    the logits are gone before a layer is recomputed, so the larger of the two counts.
     On the CPU glibc may hold a third more than it was asked for; MALLOC_MMAP_THRESHOLD_=65536 in the environment
     avoids that.
 
@@ -193,7 +195,8 @@ def _memory(
         row += small * (q + wide)
     if bfloat16:  # LayerNorms keep their input in both types
         row += small * 2 * hidden
-    kept = (4 * hidden * layers + row) if checkpoint_activations else row * layers
+    kept = 4 * hidden * layers if checkpoint_activations else row * layers
+    recomputed = count * row if checkpoint_activations else 0
 
     halo_rows = config.pattern.state_rows(tokens=min(tokens, (sp - 1) * size)) * sequences
     halo_row = 2 * kv * small
@@ -201,14 +204,17 @@ def _memory(
     halo = halo_rows * ((1 if checkpoint_activations else layers) * halo_row + at_work)
 
     logits = min(count, max(1, 2**24 // config.vocab_size)) * config.vocab_size
+    loss = 4 * (logits + config.vocab_size * hidden + 3 * count * hidden)
+    if checkpoint_activations:  # when a layer is recomputed, two gradients alone are left of the loss
+        loss = max(loss - recomputed, 4 * (config.vocab_size + count) * hidden)
     return Memory(
         weights=share + copies,
         gradients=share,
         optimizer=2 * share,
         gathered=gathered,
-        activations=count * kept,
+        activations=count * kept + recomputed,
         halo=halo,
-        loss=4 * (logits + config.vocab_size * hidden + 3 * count * hidden),
+        loss=loss,
     )
 
 
