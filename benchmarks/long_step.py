@@ -45,7 +45,8 @@ def learn(model, split: Split, arguments: argparse.Namespace) -> dict[str, float
         return ids[:, :-1], ids[:, 1:]
 
     folder, told = arguments.output / "step", arguments.output / "spent.json"
-    spent = json.loads(told.read_text()) if told.exists() else {"user_s": 0.0, "system_s": 0.0, "wall_s": 0.0, "peak_bytes": 0, "log_bytes": 0, "processes": 0}  # fmt: skip
+    nothing = dict.fromkeys(("user_s", "system_s", "wall_s", "peak_bytes", "log_bytes", "processes"), 0)
+    spent = json.loads(told.read_text()) if told.exists() else nothing
     cpu = torch.device("cpu")
     peak_bytes(cpu, reset=True)
     first = saved = time.perf_counter()
