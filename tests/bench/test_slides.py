@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longnet.bench import slides
+from longnet.model import tails
 
 
 def test_rows_say_what_was_measured(monkeypatch):
@@ -24,3 +25,15 @@ def test_nothing_is_measured_where_the_result_is_wrong(monkeypatch):
     monkeypatch.setattr(slides.LongNetSlideModel, "load_state_dict", lambda *_, **__: None)
     with pytest.raises(slides.GateError, match="not dense attention"):
         slides.gate(torch.device("cpu"))
+
+
+def test_nothing_is_measured_where_branches_are_merged_wrongly(monkeypatch):
+    def off(*args, **kwargs):
+        out, lse = right(*args, **kwargs)
+        return 1.001 * out, lse
+
+    right = tails.attend_within
+    monkeypatch.setattr(tails, "attend_within", off)
+    slides.gate(torch.device("cpu"))  # one branch, exact: another path
+    with pytest.raises(slides.GateError, match="several branches is not their one softmax"):
+        list(slides.run((100,), torch.device("cpu")))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longnet.measurement import peak_bytes, seconds
+from longnet.model.attention_maps import attention_map
 from longnet.model.slides import LongNetSlideConfig, LongNetSlideModel
 
 TILES = (2_500, 10_000, 50_000)
@@ -32,9 +33,11 @@ def run(tiles: Sequence[int], device: torch.device, *, dense_tiles: int = DENSE_
         dense_tiles: up to so many, the same encoder with dense attention is measured, too.
 
     Raises:
-        GateError: with one branch over all, the encoder is not the dense one.
+        GateError: with one branch over all, the encoder is not the dense one, or attention in several is not their one
+            softmax.
     """
     gate(device)
+    gate_branches(device)
     peak_bytes(device, reset=True)
     before = peak_bytes(device)
     began = time.process_time(), time.perf_counter()
@@ -85,6 +88,32 @@ def gate(device: torch.device) -> None:
         error = float((dilated(*slide).pooled - dense(*slide).pooled).abs().max())
     if not error < 1e-4:
         raise GateError(f"one branch over all tiles is not dense attention: pooled embeddings differ by {error:.1e}")
+
+
+def gate_branches(device: torch.device) -> None:
+    """Check attention in five branches of several segments, with torchscale's tail, against rows of the one softmax.
+
+    Raises:
+        GateError: they differ.
+    """
+    model = _make(
+        device, num_hidden_layers=1, segment_lengths=(64, 160, 256, 384, 512), dilation_rates=(1, 2, 4, 8, 16)
+    )
+    attention: Any = model.layers[0].self_attn
+    slide, seen = _slide(700, device), []
+    hooks = [
+        attention.v_proj.register_forward_hook(lambda _, __, values: seen.append(values)),
+        attention.sub_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])),
+    ]
+    with torch.inference_mode():
+        model(*slide)
+        for hook in hooks:
+            hook.remove()
+        weights = attention_map(model, *slide, layer=0, query=range(701))
+    values, got = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in seen)
+    error = float((got - weights @ values).norm() / got.norm())
+    if not error < 1e-5:
+        raise GateError(f"attention in several branches is not their one softmax: it is off by {error:.1e} (relative)")
 
 
 def _measure(model: LongNetSlideModel, tiles: int, device: torch.device) -> dict[str, float]:
