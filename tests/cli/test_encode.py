@@ -112,3 +112,18 @@ def test_convert_there_and_back(folder, tmp_path, call, capsys):
     assert "is there already" in capsys.readouterr().err
     assert call("convert", tmp_path / "slides.pth", tmp_path / "lm", "--kind", "lm") == 2
     assert "--segment-lengths" in capsys.readouterr().err
+
+
+def test_convert_a_fine_tuned_file_and_encode_with_its_encoder(folder, tmp_path, call, capsys):
+    config = longnet.LongNetSlideConfig(**_SIZES, classifier_layers=(0, 2), num_labels=3)
+    model = longnet.LongNetForSlideClassification(config).eval()
+    torch.save(longnet.model.checkpoints.to_torchscale(model), tmp_path / "tuned.pt")
+    settings = ("--num-heads", 4, "--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4")
+    assert call("convert", tmp_path / "tuned.pt", tmp_path / "tuned", *settings) == 2
+    assert "reads 2 embeddings of 32, 64 in all, and classifier_layers names 1" in capsys.readouterr().err
+    assert call("convert", tmp_path / "tuned.pt", tmp_path / "tuned", *settings, "--classifier-layers", "0,2") == 0
+    assert call("encode", tmp_path / "tuned", folder / "h5" / "b.h5", "-o", tmp_path / "out") == 0
+    slide = read_slide(folder / "h5" / "b.h5").scaled(256)
+    with torch.no_grad():
+        want = model.slides(slide.tile_embeds, slide.coords).pooled[0]
+    torch.testing.assert_close(load_file(tmp_path / "out" / "b.safetensors")["pooled"], want, rtol=0, atol=1e-5)

@@ -21,7 +21,7 @@ _KINDS = {
     "subln_xpos": {},
     "subln_nopos_tied": {},
     "preln_learned_scaled_tied": {"scale_embedding": True},
-    "deepnorm": {"deepnorm": True, "normalize_before": True},  # as the golden has it
+    "deepnorm": {"deepnorm": True},
 }
 
 

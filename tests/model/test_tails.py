@@ -1,44 +1,11 @@
 """torchscale's tail from the op: forward and gradient against a dense softmax written from its description."""
 
-import math
-
 import pytest
 import torch
 
 from longnet.model.configuration import LongNetConfig
 from longnet.model.tails import tail_of
-
-
-def as_trained(q, k, v, config, bounds):
-    """Compute torchscale's encoder attention densely: padded segments, zero keys, results r·⌈w/r⌉ apart."""
-    out = torch.zeros_like(q)
-    heads = q.shape[1]
-    for row, start, stop in bounds:
-        tokens = stop - start
-        for head in range(heads):
-            logits, values = [], []
-            for length, rate in zip(config.segment_lengths, config.dilation_rates, strict=True):
-                segment, offset = min(length, tokens), head // math.ceil(heads / rate)
-                filled = math.ceil(segment / rate) * rate
-                segments = math.ceil(tokens / segment)
-
-                def lay_out(
-                    x, segment=segment, filled=filled, segments=segments, row=row, head=head, start=start, stop=stop
-                ):
-                    x = torch.nn.functional.pad(
-                        x[row, head, start:stop], (0, 0, 0, segments * segment - (stop - start))
-                    )
-                    return torch.nn.functional.pad(x.unflatten(0, (segments, segment)), (0, 0, 0, filled - segment))
-
-                queries, keys, vals = lay_out(q), lay_out(k)[:, offset::rate], lay_out(v)[:, offset::rate]
-                scores = queries @ keys.mT * q.shape[3] ** -0.5
-                kept = torch.arange(filled) % rate == offset
-                scores = scores.masked_fill(~kept[:, None], -math.inf).flatten(0, 1)[:tokens]
-                logits.append(scores)
-                values.append(vals.repeat_interleave(filled, 0)[:tokens])
-            p = torch.cat(logits, 1).softmax(1)
-            out[row, head, start:stop] = torch.einsum("tk,tkd->td", p, torch.cat(values, 1))
-    return out
+from model.plain_torchscale import as_trained
 
 
 @pytest.mark.parametrize(
@@ -61,7 +28,7 @@ def test_forward_and_gradient_are_those_of_the_dense_softmax(lengths, rates, row
     bounds = torch.tensor([[row, 0, stop] for row, stop in enumerate(rows)])
     tail = tail_of(config, torch.empty(2, tokens, 32, dtype=q.dtype), bounds)
     out = tail.attend(q, k, v, scale=8**-0.5)
-    expected = as_trained(q, k, v, config, bounds.tolist())
+    expected = as_trained(q, k, v, list(zip(lengths, rates, strict=True)), bounds.tolist())
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
     weight = torch.randn_like(out)
     for got, want in zip(

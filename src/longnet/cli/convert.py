@@ -18,6 +18,7 @@ def convert(
     dilation_rates: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
     max_wsi_size: int = 262_144,
     tile_size: int = 256,
+    classifier_layers: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (11,),
     deepnorm: bool = False,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
@@ -36,6 +37,7 @@ def convert(
         dilation_rates: Likewise.
         max_wsi_size: Of GigaPath: side of the largest slide in training, in pixels.
         tile_size: Of GigaPath: side of a tile, in pixels.
+        classifier_layers: Of fine-tuned GigaPath files: which of the L + 1 embeddings the classifier reads.
         deepnorm: Of language models: DeepNorm.
         scale_embedding: Of language models: embeddings × √C.
         sinusoidal: Of language models: fairseq's sinusoidal positions.
@@ -71,7 +73,9 @@ def convert(
     branches = segment_lengths or None, dilation_rates or None
     model: torch.nn.Module
     if kind == "gigapath":
-        model = longnet.load_gigapath(source, num_heads, *branches, max_wsi_size, tile_size)
+        model = longnet.load_gigapath(
+            source, num_heads, *branches, max_wsi_size, tile_size, classifier_layers=classifier_layers
+        )
     elif kind == "longvit":
         model = longnet.load_longvit(source, num_heads, *branches)
     else:

@@ -140,6 +140,11 @@ def load_gigapath(
     if not prefix:
         return _fill(LongNetSlideModel, LongNetSlideConfig(**{**fields, **replaced}), weights, path)
     head = _need(weights, "classifier.0.weight", path)
+    if head.shape[1] != len(classifier_layers) * embed.shape[0]:
+        raise ValueError(
+            f"the classifier of {path} reads {head.shape[1] // embed.shape[0]} embeddings of {embed.shape[0]}, "
+            f"{head.shape[1]} in all, and classifier_layers names {len(classifier_layers)}: give those of its training"
+        )
     config = LongNetSlideConfig(
         **{**fields, **replaced, "classifier_layers": tuple(classifier_layers), "num_labels": head.shape[0]}
     )
@@ -223,7 +228,6 @@ def load_torchscale_lm(
     dilation_rates: Sequence[int],
     *,
     deepnorm: bool = False,
-    normalize_before: bool | None = None,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
     xpos_scale_base: float = 512.0,
@@ -231,17 +235,16 @@ def load_torchscale_lm(
 ) -> LongNetForCausalLM:
     """Load a causal language model of torchscale's LongNetDecoder, in eval mode.
 
-    Sub-LayerNorms, xPos, learned positions, tied heads and widths are read off the tensors. Their xPos turns
-    neighbouring components of a head, ours component i with i + D / 2: the rows of q and k are reordered.
+    Sub-LayerNorms, LayerNorms behind the sublayers (their files then have no last `layer_norm`), xPos, learned
+    positions, tied heads and widths are read off the tensors. Their xPos turns neighbouring components of a head, ours
+    component i with i + D / 2: the rows of q and k are reordered.
 
     Args:
         path: .pt, .pth or .safetensors; fairseq's prefix `decoder.` is taken off.
         num_heads: query heads.
         segment_lengths: w_i, in tokens.
         dilation_rates: r_i.
-        deepnorm: DeepNorm; no tensor tells.
-        normalize_before: LayerNorms before the sublayers; unless deepnorm when None, as torchscale's configuration
-            sets it.
+        deepnorm: DeepNorm's factor on what goes past a sublayer; no tensor tells.
         scale_embedding: embeddings × √C, fairseq's default (`no_scale_embedding` switches it off); no tensor tells.
         sinusoidal: fairseq's sinusoidal positions, which are not stored.
         xpos_scale_base: tokens over which xPos decays.
@@ -260,6 +263,7 @@ def load_torchscale_lm(
         for name, weight in weights.items()
         if not name.endswith(("xpos.scale", "version", "_float_tensor"))
     }
+    has_sublayernorm = "layers.0.ffn.ffn_layernorm.weight" in weights
     head = weights.get("output_projection.weight")
     is_tied = head is None or torch.equal(head, embed)
     if is_tied:
@@ -283,9 +287,9 @@ def load_torchscale_lm(
         position_embedding=kind,
         first_position=first if kind in ("learned", "sinusoidal") else 0,
         embedding_scale=math.sqrt(embed.shape[1]) if scale_embedding else 1.0,
-        sub_layernorm="layers.0.ffn.ffn_layernorm.weight" in weights,
+        sub_layernorm=has_sublayernorm,
         deepnorm=deepnorm,
-        post_layernorm=deepnorm if normalize_before is None else not normalize_before,
+        post_layernorm=not has_sublayernorm and "layer_norm.weight" not in weights,
         xpos_scale_base=xpos_scale_base,
         tie_word_embeddings=is_tied,
         pad_token_id=pad_token_id,

@@ -98,7 +98,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             pre-LayerNorm Transformer.
         deepnorm: DeepNorm's factor on what goes past a sublayer, and its initialisation (arXiv:2203.00555); without
             sub_layernorm.
-        post_layernorm: LayerNorms behind the sublayers in place of before them; as deepnorm when None.
+        post_layernorm: LayerNorms behind the sublayers in place of before them, and then none behind the last block; as
+            deepnorm when None.
         layer_norm_eps: added to the variance.
         attention_bias: biases in q_proj, k_proj, v_proj, o_proj.
         mlp_bias: biases in fc1, fc2.

@@ -46,7 +46,9 @@ class LongNetModel(LongNetPreTrainedModel):
         if config._attn_implementation == "dilated":
             warn_of_unseen(config.pattern, config)
         self.layers = nn.ModuleList(LongNetBlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm: nn.Module = nn.Identity()  # behind a post-LayerNorm block all is normalised
+        if not config.post_layernorm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
