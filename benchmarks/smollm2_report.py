@@ -1,0 +1,128 @@
+"""What smollm2.py and smollm2_ruler.py have measured so far, as rows and a page in results/smollm2:
+
+python benchmarks/smollm2_report.py runs/smollm2
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from smollm2 import CONTEXTS, HEAD_DIM, HEADS, LENGTHS, PATTERNS, rows_of
+
+from longnet import DilationPattern
+from longnet.evaluation.perplexity import mean_difference
+
+RESULTS = Path(__file__).parent / "results" / "smollm2"
+Row = dict[str, Any]
+
+
+def share_of_dense(pattern: str | None, tokens: int) -> float:
+    """Return attention's FLOPs over those of dense causal attention."""
+    dense = DilationPattern((tokens,), (1,))
+    kept = dense if pattern is None else DilationPattern.parse(pattern)
+    asked = {"tokens": tokens, "num_heads": HEADS, "head_dim": HEAD_DIM, "is_causal": True}
+    return kept.flops(**asked) / dense.flops(**asked)
+
+
+def table(head: Iterable[object], lines: Iterable[Iterable[object]]) -> str:
+    """Return a Markdown table."""
+    rows = [f"| {' | '.join(map(str, line))} |" for line in ([*head], *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len([*head]), *rows[1:]]) + "\n"
+
+
+def named(system: str, healed: int) -> str:
+    """Return what the page calls a system."""
+    return f"{system}, healed on {healed:,} tokens" if healed else f"{system}, as converted"
+
+
+def loss_table(rows: list[Row], kind: str, title: str) -> str:
+    """Return each system's losses, and their distance from the dense model's before any healing, files paired."""
+    losses: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        losses.setdefault((row["system"], row["healed"]), {})[row["file"]] = row[kind]
+    columns = list(rows[0][kind])
+    lines = []
+    for each, files in losses.items():
+        cells = []
+        for column in columns:
+            own = np.array([files[name][column] for name in files])
+            change = mean_difference(own - [losses["dense", 0][name][column] for name in files])
+            cells.append(f"{own.mean():.3f} ({change.mean:+.3f} ± {change.standard_error or np.nan:.3f})")
+        lines.append([named(*each), len(files), *cells])
+    return table([title, "files", *columns], lines)
+
+
+def healing_table(steps: dict[str, list[Row]]) -> str:
+    """Return the training loss, and its distance from dense attention's on the same tokens, cycle by cycle."""
+    lines = []
+    taken = [*zip(*steps.values(), strict=False)]
+    for first in range(0, len(taken), len(LENGTHS)):
+        cycle = taken[first : first + len(LENGTHS)]
+        losses = [mean(step["loss"] for step in system) for system in zip(*cycle, strict=True)]
+        lines.append([f"{cycle[-1][0]['tokens']:,}", *(f"{loss:.3f} ({loss - losses[0]:+.3f})" for loss in losses)])
+    return table(["tokens seen", *steps], lines)
+
+
+def ruler_table(rows: list[Row]) -> str:
+    """Return the mean score and its standard error of each task, length and system."""
+    scores: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for row in rows:
+        scores.setdefault((row["task"], row["length"]), {})[named(row["system"], row["healed"])] = row["scores"]
+    columns = list(dict.fromkeys(name for cells in scores.values() for name in cells))
+    lines = []
+    for (task, length), cells in sorted(scores.items(), key=lambda item: item[0][1]):
+        found = [mean_difference(np.array(cells[name])) if name in cells else None for name in columns]
+        lines.append(
+            [task, length, *("–" if each is None else f"{each.mean:.2f} ± {each.standard_error:.2f}" for each in found)]
+        )
+    return table(["task", "tokens", *columns], lines)
+
+
+def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
+    """Return the report."""
+    parts = ["# SmolLM2-135M-Instruct, dilated and healed\n"]
+    parts.append(table(
+        ["system", "pattern", *(f"attention FLOPs at {tokens:,}" for tokens in CONTEXTS)],
+        [[name, f"`{pattern}`" if pattern else "sdpa", *(f"{share_of_dense(pattern, n):.3f}" for n in CONTEXTS)]
+         for name, pattern in PATTERNS.items()],
+    ))  # fmt: skip
+    if rows["loss"]:
+        parts.append("## Loss on held-out files\n\nNats a token, and the change ± its standard error over files from "
+                     "dense attention before any healing. By context: the same last tokens of each file's first 8,192, "
+                     "with so many tokens, theirs counted. By position: all tokens of the 8,192.\n")  # fmt: skip
+        parts += [
+            loss_table(rows["loss"], "by_context", "context"),
+            loss_table(rows["loss"], "by_position", "position"),
+        ]
+    parts.append(f"## Healing\n\nTraining loss, the mean of a cycle of steps, which are sequences of {LENGTHS} tokens, "
+                 "and its distance from dense attention's on the same tokens.\n")  # fmt: skip
+    parts.append(healing_table(steps))
+    if rows["decode"]:
+        parts += ["## Token by token up to 8,192\n", table(
+            ["system", "cache, MiB", "decoding: speed over dense", "reading: speed over dense"],
+            [[row["system"], f"{row['cache_bytes'] / 2**20:.1f}", f"{row['speed_over_dense']:.2f}",
+              f"{row['prefill_speed_over_dense']:.2f}"] for row in rows["decode"]],
+        )]  # fmt: skip
+    if rows["ruler"]:
+        parts += ["## RULER\n", ruler_table(rows["ruler"])]
+    return "\n".join(parts)
+
+
+def report(work: Path) -> None:
+    """Write the rows, the steps of healing and the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    steps = {name: torch.load(work / f"heal-{name}.pt", weights_only=True)["steps"] for name in PATTERNS}
+    rows = {name: rows_of(work / f"{name}.jsonl") for name in ("loss", "decode", "ruler")}
+    (RESULTS / "heal.json").write_text(json.dumps(steps, indent=1) + "\n")
+    for name, kept in rows.items():
+        (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (RESULTS / "report.md").write_text(page(steps, rows))
+
+
+if __name__ == "__main__":
+    report(Path(sys.argv[1]))

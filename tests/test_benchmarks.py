@@ -1,0 +1,82 @@
+"""The parts of the benchmarks' scripts that need no download."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    yield importlib.import_module("smollm2"), importlib.import_module("smollm2_report")
+    for name in ("smollm2", "smollm2_report"):
+        del sys.modules[name]
+
+
+def test_a_healing_that_was_stopped_goes_on_to_the_same_weights(scripts, tmp_path):
+    """Its systems begin with the same adapters, and learn in turn from the same sequences."""
+    smollm2, _ = scripts
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=3,
+        )
+    )  # fmt: skip
+    for folder in folders:
+        model.save_pretrained(folder / "base")
+        np.save(folder / "train.npy", np.random.default_rng(0).integers(0, 64, (3, 8193)))
+    smollm2.heal(folders[0], "all", 6144)
+    smollm2.heal(folders[1], "all", 2048)
+    smollm2.heal(folders[1], "all", 6144)
+    whole, stopped = (torch.load(folder / "heal-all.pt", weights_only=True) for folder in folders)
+    assert [step["loss"] for step in whole["steps"]] == [step["loss"] for step in stopped["steps"]]
+    assert [step["length"] for step in whole["steps"]] == [2048, 4096]
+    assert all(torch.equal(value, stopped["adapter"][name]) for name, value in whole["adapter"].items())
+    assert any(value.any() for name, value in whole["adapter"].items() if "lora_B" in name)  # they begin as zeros
+    assert list(smollm2.systems(folders[0])) == [("dense", 0), ("kept", 0), ("all", 0), ("all", 6144)]
+    ids = torch.arange(64)[None]
+    healed = smollm2.load_healed(folders[0], "all", 6144)(ids).logits
+    assert not torch.equal(healed, smollm2.load_healed(folders[0], "all", 0)(ids).logits)
+
+
+def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scripts, tmp_path):
+    smollm2, _ = scripts
+    assert 0.08 < np.mean([smollm2.is_held_out(f"{number}.py") for number in range(2000)]) < 0.12
+    file = tmp_path / "rows.jsonl"
+    assert smollm2.rows_of(file) == []
+    file.write_text('{"a": 1}\n{"a": 2')
+    smollm2.add_row(file, {"a": 3})
+    assert [row["a"] for row in smollm2.rows_of(file)] == [1, 3]
+    assert "torch" in json.loads(file.read_text().splitlines()[1])  # where it was measured
+
+
+def test_the_report_pairs_files_and_counts_flops(scripts):
+    smollm2, report = scripts
+    shares = [report.share_of_dense(pattern, 8192) for pattern in smollm2.PATTERNS.values()]
+    assert shares == [1, pytest.approx(0.235, abs=1e-3), pytest.approx(0.25, abs=1e-3)]
+    rows = [
+        {"system": system, "healed": 0, "file": file, "by_context": {"256": loss}, "by_position": {}}
+        for system, file, loss in (("dense", "a", 1.0), ("dense", "b", 3.0), ("all", "a", 1.5), ("all", "b", 3.7))
+    ]
+    assert "| all, as converted | 2 | 2.600 (+0.600 ± 0.100) |" in report.loss_table(rows, "by_context", "context")
+    steps = {
+        name: [{"tokens": 10 * step + 10, "loss": loss + step} for step in range(count)]
+        for name, loss, count in (("dense", 1.0, 7), ("all", 1.5, 6))
+    }
+    assert report.healing_table(steps).splitlines()[2:] == [
+        "| 50 | 3.000 (+0.000) | 3.500 (+0.500) |",
+        "| 60 | 6.000 (+0.000) | 6.500 (+0.500) |",
+    ]
+    asked = [{"system": "all", "healed": 9, "task": "t", "length": 1024, "scores": [0.0, 1.0, 1.0, 0.0]}]
+    assert "| t | 1024 | 0.50 ± 0.29 |" in report.ruler_table(asked)
+    assert "sdpa" in report.page(steps, {"loss": rows, "decode": [], "ruler": asked})
