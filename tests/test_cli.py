@@ -148,7 +148,7 @@ def test_bench_attention_writes_rows_and_a_picture(monkeypatch, capsys, tmp_path
     assert [row["case"] for row in rows] == [
         "compare", "compare", "dense_queries", "tile", "tile", "accuracy", "accuracy", "per_token", "memory",
     ]  # fmt: skip
-    assert (tmp_path / "runtime.png").exists()
+    assert (tmp_path / "runtime.svg").read_text().startswith("<svg ")
     assert "2,100" in capsys.readouterr().out
 
 

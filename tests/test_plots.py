@@ -43,13 +43,6 @@ def test_pictures_are_written(tmp_path, suffix):
     path = tmp_path / f"pattern{suffix}"
     draw_pattern(DilationPattern((16, 32), (1, 2)), path, tokens=64, num_heads=2)
     assert path.stat().st_size > 5000
-    columns = [f"{key}_{which}_s" for key in ("forward", "both") for which in ("dense", "dilated")]
-    rows = [
-        {"case": "compare", "flop_ratio": 2.0, "tokens": tokens, **dict.fromkeys(columns, tokens / 1e6)}
-        for tokens in (2048, 4096)
-    ]
-    draw_runtime(rows, path, "a machine")
-    assert path.stat().st_size > 5000
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):
@@ -93,6 +86,22 @@ def test_a_chart_says_what_its_lines_are_beside_them_and_leaves_colours_to_the_p
     assert again.read_text() == svg
 
 
+def test_run_times_are_lines_of_both_attentions_and_of_the_flops(tmp_path):
+    columns = [f"{key}_{which}_s" for key in ("forward", "both") for which in ("dense", "dilated")]
+    rows = [
+        {"case": "compare", "flop_ratio": 2.0, "tokens": tokens, **dict.fromkeys(columns, tokens / 1e3)}
+        for tokens in (8192, 2048, 4096)
+    ]
+    draw_runtime([*rows, {"case": "tile", "tokens": 64}], tmp_path / "runtime.svg")
+    svg = (tmp_path / "runtime.svg").read_text()
+    texts = re.findall(r">([^<>]+)</text>", svg)
+    assert {"dense, both passes", "dilated, both passes", "dense, forward", "dilated, forward", "8K", "1k"} <= set(
+        texts
+    )
+    assert texts.count("dense ÷ FLOP ratio") == 2
+    assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)) >= 11
+
+
 def test_colours_differ_in_lightness():
     lightness = [
         sum(weight * int(colour[i : i + 2], 16) ** 2.2 for weight, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5)))
@@ -104,7 +113,7 @@ def test_colours_differ_in_lightness():
 
 @pytest.mark.parametrize("scale", ["tokens", "log", "linear"])
 def test_curves_are_drawn(tmp_path, scale):
-    path = tmp_path / "curves.png"
+    path = tmp_path / "curves.svg"
     curves = [
         Curve("one", [512, 2048], [3.0, 2.5], [0.1, None], "sdpa"),
         Curve("two", [512, 2048, 8192], [3.0, 2.5, 2.4], None, "other", 5, ["a", "b", "c"]),

@@ -213,29 +213,6 @@ def _ticks(tokens: int) -> list[int]:
     return list(range(0, tokens + 1, step))
 
 
-def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw run time against tokens, dilated and dense, from rows of `longnet bench attention` (paper, Figure 5)."""
-    rows = sorted((row for row in rows if row["case"] == "compare"), key=lambda row: int(row["tokens"]))
-    tokens = [row["tokens"] for row in rows]
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
-    for ax, key, name in zip(panels, ("forward", "both"), ("forward", "forward + backward"), strict=True):
-        dense, dilated = ([1e3 * row[f"{key}_{which}_s"] for row in rows] for which in ("dense", "dilated"))
-        ideal = [seconds / row["flop_ratio"] for seconds, row in zip(dense, rows, strict=True)]
-        ax.loglog(tokens, dense, "o-", color=_COLOURS["sdpa"], label="dense (SDPA)")
-        ax.loglog(tokens, dilated, "o-", color=_COLOURS["dilated"], label="dilated")
-        ax.loglog(tokens, ideal, "--", color=_COLOURS["faint"], label="dense ÷ FLOP ratio", zorder=0)
-        ax.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
-        ax.set_xticks([], minor=True)
-        ax.set_xlabel("sequence length (tokens)")
-        ax.set_title(name, fontsize=10)
-        ax.grid(alpha=0.3)
-    panels[0].set_ylabel("time (milliseconds)")
-    panels[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
 def draw_heat_map(
     coords: np.ndarray[Any, np.dtype[Any]], values: np.ndarray[Any, np.dtype[Any]], step: float, file: BinaryIO
 ) -> None:
@@ -301,8 +278,8 @@ def draw_curves(
 
     Args:
         curves: what to draw.
-        path: where the picture goes; its suffix is the format. An .svg has text as text and colours as CSS variables,
-            so that the page it is put into may show it dark.
+        path: an .svg, with text as text and colours as CSS variables, so that the page it is put into may show it
+            dark.
         x: name of the horizontal axis, with its unit.
         y: name of the vertical axis, with its unit.
         scale: of the horizontal axis: "tokens" for a few lengths, named 512, 2K, …, on a logarithmic one. Places are
@@ -340,6 +317,8 @@ def draw_curves(
             ax.locator_params(axis="x", nbins=5)
         if log_y:
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(lambda value, _: name_count(value))  # exponents would be too small to read
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(x)
         ax.set_ylabel(y)
         ax.grid(linewidth=0.8)
@@ -355,9 +334,6 @@ def draw_curves(
                         textcoords="offset points", ha="right", va="top", rotation=90,
                         color=_COLOURS["faint"])  # fmt: skip
         _label_ends(ax, curves)
-        if path.suffix != ".svg":
-            figure.savefig(path, dpi=150)
-            return
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     path.write_text(_with_variables(text.getvalue()), encoding="utf-8")
@@ -440,7 +416,7 @@ def draw_by_position(
 
     Args:
         rows: a bin of positions each.
-        path: where the picture goes; its suffix is the format.
+        path: an .svg.
         kind: of the attention, which decides the colour.
         mark: a position, the training length for one, and what it is.
     """
@@ -448,3 +424,24 @@ def draw_by_position(
     places = [math.sqrt(row["from"] * row["to"]) for row in rows]
     curve = Curve("", places, [row["loss"] for row in rows], [row["standard_error"] for row in rows], kind)
     draw_curves([curve], path, x="position in the sequence (tokens)", y="loss (nats per token)", scale="log", mark=mark)
+
+
+def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw run time against tokens, dilated and dense, from rows of `longnet bench attention` (paper, Figure 5).
+
+    Args:
+        rows: of one run; those of its case "compare" are drawn.
+        path: an .svg.
+    """
+    rows = sorted((row for row in rows if row["case"] == "compare"), key=lambda row: int(row["tokens"]))
+    tokens = [row["tokens"] for row in rows]
+    curves = []
+    for style, (key, passes) in enumerate((("both", "both passes"), ("forward", "forward"))):
+        dense, dilated = ([1e3 * row[f"{key}_{which}_s"] for row in rows] for which in ("dense", "dilated"))
+        ideal = [time / row["flop_ratio"] for time, row in zip(dense, rows, strict=True)]
+        curves += [
+            Curve(f"dense, {passes}", tokens, dense, kind="sdpa", style=style),
+            Curve(f"dilated, {passes}", tokens, dilated, kind="dilated", style=style),
+            Curve("dense ÷ FLOP ratio", tokens, ideal, kind="faint", style=2),
+        ]
+    draw_curves(curves, path, x="sequence length (tokens)", y="time (milliseconds)", log_y=True)

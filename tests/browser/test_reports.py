@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,13 @@ def comparison_report(tmp_path_factory):
         ))  # fmt: skip
     timing = Timing([result.cell.name for result in results], [[0.3, 0.4, 0.35]] * len(results))
     return write_report(Outcome(results, {}, timing, {"data": {"path": "runs/linux"}}, False), folder)
+
+
+@pytest.mark.parametrize(("name", "charts"), [("table2-tiny", 2), ("recall-tiny", 4)])
+def test_reports_that_are_stored(name, charts, show):
+    page = show(Path(__file__).parents[2] / "benchmarks" / "results" / name / "report.html")
+    assert page.locator("p.headline").is_visible()
+    assert page.locator("figure svg").count() == charts
 
 
 def test_the_report_of_a_run(run_report, show):

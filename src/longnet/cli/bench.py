@@ -32,7 +32,7 @@ def bench_attention(
             their medians.
         model: "h100" or "a100": measure nothing, print what each path should cost there by FLOPs, bytes and
             launches.
-        output: Folder for attention.jsonl (rows are appended) and runtime.png; benchmarks/results, and
+        output: Folder for attention.jsonl (rows are appended) and runtime.svg; benchmarks/results, and
             runs/bench with --quick.
     """
     from rich import box
@@ -40,7 +40,7 @@ def bench_attention(
     from rich.table import Table
 
     from longnet.bench import attention, record
-    from longnet.measurement import find_device, provenance
+    from longnet.measurement import find_device
     from longnet.plots import draw_runtime
 
     if model is not None:
@@ -74,9 +74,8 @@ def bench_attention(
             table.add_row(row["pattern"], f"{row['tokens']:,}", *cells)
     console.print(table)
     record.append(rows, output / "attention.jsonl", place)
-    about = provenance(place)
-    draw_runtime(rows, output / "runtime.png", f"{about['device']}, torch {about['torch']}, {about['date'][:10]}")
-    console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.png'}")
+    draw_runtime(rows, output / "runtime.svg")
+    console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.svg'}")
 
 
 def _print_model(name: str) -> None:
