@@ -36,9 +36,10 @@ from longnet.model.versions import CACHE
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PATTERNS = {"dense": None, "kept": "1024:1,2048:2,4096:4,8192:8", "all": "1024:1,8192:8;all"}
 HEADS, HEAD_DIM, LONGEST = 9, 64, 8192
-LENGTHS = (2048, 4096, 2048, 4096, 8192)  # of the sequences, a step each, over and over
+LENGTHS = (2048, 4096, 2048, 4096, 8192, 2048, 4096, 2048, 4096, 4096)  # of the sequences, a step each, over and over
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-RATE, WARM_UP, TOKENS = 1e-3, 4, 163_840
+RATE, WARM_UP = 1e-3, 4
+TURN, TOKENS = 18_432, 184_320  # half of the ten, and ten times that
 CONTEXTS, SCORED, FILES = (256, 1024, 4096, 8192), 128, 3
 BINS = ((0, 256), (256, 1024), (1024, 4096), (4096, 8192))
 DECODED, ROUNDS, GATE = 16, 5, 1e-3
@@ -264,7 +265,7 @@ def main() -> None:
     if "convert" in asked.steps:
         convert(asked.work)
     if "heal" in asked.steps:  # in turn, so that whenever it stops all have seen about as much
-        for tokens in (*range(sum(LENGTHS), asked.tokens, sum(LENGTHS)), asked.tokens):
+        for tokens in (*range(TURN, asked.tokens, TURN), asked.tokens):
             for system in PATTERNS:
                 heal(asked.work, system, tokens)
     for step, take in (("loss", measure_loss), ("decode", measure_decoding)):

@@ -58,13 +58,13 @@ def loss_table(rows: list[Row], kind: str, title: str) -> str:
 
 
 def healing_table(steps: dict[str, list[Row]]) -> str:
-    """Return the training loss, and its distance from dense attention's on the same tokens, cycle by cycle."""
+    """Return the training loss, and its distance from dense attention's on the same tokens, five steps a line."""
     lines = []
     taken = [*zip(*steps.values(), strict=False)]
-    for first in range(0, len(taken), len(LENGTHS)):
-        cycle = taken[first : first + len(LENGTHS)]
-        losses = [mean(step["loss"] for step in system) for system in zip(*cycle, strict=True)]
-        lines.append([f"{cycle[-1][0]['tokens']:,}", *(f"{loss:.3f} ({loss - losses[0]:+.3f})" for loss in losses)])
+    for first in range(0, len(taken), 5):
+        five = taken[first : first + 5]
+        losses = [mean(step["loss"] for step in system) for system in zip(*five, strict=True)]
+        lines.append([f"{five[-1][0]['tokens']:,}", *(f"{loss:.3f} ({loss - losses[0]:+.3f})" for loss in losses)])
     return table(["tokens seen", *steps], lines)
 
 
@@ -99,8 +99,9 @@ def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
             loss_table(rows["loss"], "by_context", "context"),
             loss_table(rows["loss"], "by_position", "position"),
         ]
-    parts.append(f"## Healing\n\nTraining loss, the mean of a cycle of steps, which are sequences of {LENGTHS} tokens, "
-                 "and its distance from dense attention's on the same tokens.\n")  # fmt: skip
+    lengths = ", ".join(map(str, LENGTHS))
+    parts.append("## Healing\n\nTraining loss, the mean of five steps, and its distance from dense attention's on the "
+                 f"same tokens. Steps are sequences of {lengths} tokens, over and over.\n")  # fmt: skip
     parts.append(healing_table(steps))
     if rows["decode"]:
         parts += ["## Token by token up to 8,192\n", table(
