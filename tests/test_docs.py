@@ -36,3 +36,18 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
                 main()
             assert not stop.value.code, line
     logging.getLogger("longnet").setLevel(level)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    named = re.findall(r"^::: (\S+)", pages, re.MULTILINE)
+    assert len(named) == len(set(named))
+    rendered = {name.rpartition(".")[2] for name in named}
+    assert set(longnet.__all__) <= rendered
+    modules = {name for name in named if name.rpartition(".")[2].islower()}
+    assert {"longnet.attention.backends.dispatch", "longnet.attention.backends.triton.launch"} <= modules
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": (\S+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
