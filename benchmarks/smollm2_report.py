@@ -75,7 +75,7 @@ def ruler_table(rows: list[Row]) -> str:
         scores.setdefault((row["task"], row["length"]), {})[named(row["system"], row["healed"])] = row["scores"]
     columns = list(dict.fromkeys(name for cells in scores.values() for name in cells))
     lines = []
-    for (task, length), cells in sorted(scores.items(), key=lambda item: item[0][1]):
+    for (task, length), cells in scores.items():
         found = [mean_difference(np.array(cells[name])) if name in cells else None for name in columns]
         lines.append(
             [task, length, *("–" if each is None else f"{each.mean:.2f} ± {each.standard_error:.2f}" for each in found)]

@@ -17,22 +17,22 @@ from lm_eval.tasks import TaskManager
 from smollm2 import LONGEST, add_row, load_healed, rows_of, systems
 from transformers import AutoTokenizer
 
-TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+TASKS = ("niah_single_1", "niah_multikey_2", "ruler_vt", "ruler_fwe", "niah_multikey_3", "ruler_cwe")
 LENGTHS, SAMPLES, ANSWER_TOKENS = (1024, 2048, 4096), 10, 64
 
 
 def ask(work: Path) -> None:
-    """Ask each system, length by length and task by task, so that whatever there is compares systems."""
+    """Ask task by task and length by length, each system in turn, so that whatever there is compares them."""
     file, base = work / "ruler.jsonl", str(work / "base")
     done = {(row["system"], row["healed"], row["length"], row["task"]) for row in rows_of(file)}
     tokenizer = AutoTokenizer.from_pretrained(base)
     models = {each: load_healed(work, *each) for each in systems(work)}
-    for length in LENGTHS:
-        manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": base})
-        for task in TASKS:
+    for task in TASKS:
+        for length in LENGTHS:
             missing = [each for each in models if (*each, length, task) not in done]
             if not missing:
                 continue
+            manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": base})
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002 - tasks draw from it
             made = list(manager.load([task])["tasks"].values())
