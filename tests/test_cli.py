@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 
 import longnet
 from longnet.bench import attention
-from longnet.cli.commands import make_app
+from longnet.cli.commands import COMMANDS, make_app
 from longnet.cli.lists import spread_lists
 from longnet.cli.main import main
 
@@ -97,24 +99,37 @@ def test_the_version_is_the_packages(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
-def test_ctrl_c_is_one_line_and_status_130(when, tmp_path):
-    """However early: what the command imports first is a module that tells us that it is being imported."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import builtins, sys\n"
-        "real = builtins.__import__\n"
-        "def watched(name, *rest, **more):\n"
-        f"    if name == {('cyclopts' if when == 'at once' else 'torch')!r} and sys._getframe(1).f_globals['__name__']"
-        ".startswith('longnet'):\n"
-        "        raise KeyboardInterrupt\n"
-        "    return real(name, *rest, **more)\n"
-        "builtins.__import__ = watched\n"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_is_one_line_and_status_130(command, when, tmp_path):
+    """However early: it comes while the first library of weight is imported, which catches all that is raised there."""
+    heaviest = "numpy" if command == "prepare" else "torch"
+    (tmp_path / f"{'cyclopts' if when == 'at once' else heaviest}.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('goes on')\n"
+        "except BaseException:\n"
+        "    raise ImportError('half imported')\n"
     )
+    (tmp_path / "my-project").mkdir()
+    (tmp_path / "my-project" / "a.txt").write_text("some text")
     paths = [str(tmp_path), str(Path(longnet.__file__).parents[1])]
     stopped = subprocess.run(
-        [sys.executable, "-m", "longnet", "show", "8:1", "-n", "8"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-m", "longnet", *shlex.split(COMMANDS[command].example)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "longnet: stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_at_work_is_one_line_and_status_130(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(
+        "longnet.attention.pattern.DilationPattern.parse", lambda _: os.kill(os.getpid(), signal.SIGINT)
+    )
+    assert run(monkeypatch, "show", "8:1", "-n", "8") == 130
+    assert capsys.readouterr().err == "longnet: stopped by Ctrl-C\n"
+    assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler
 
 
 @pytest.mark.parametrize(

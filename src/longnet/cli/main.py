@@ -5,7 +5,13 @@ Importing this imports next to nothing, so that Ctrl-C in the first second is ca
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+from types import FrameType
+
+_STOPPED = "longnet: stopped by Ctrl-C"
 
 
 def main() -> None:
@@ -15,6 +21,12 @@ def main() -> None:
     status 2, as is too little memory; Ctrl-C one line and 130. Anything else is a fault of ours, and shows where it
     happened.
     """
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         from longnet.cli import commands
 
@@ -35,5 +47,22 @@ def main() -> None:
             )
             sys.exit(2)
     except KeyboardInterrupt:
-        print("longnet: stopped by Ctrl-C", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         sys.exit(130)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Take Ctrl-C: while something is imported, end at once, since libraries catch whatever is raised there.
+
+    Half a module is left behind then, or none of it, and what is told is an ImportError of a stranger's.
+    """
+    at = frame
+    while at is not None:
+        if at.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{_STOPPED}\n".encode())
+            os._exit(130)
+        at = at.f_back
+    signal.default_int_handler(number, frame)
