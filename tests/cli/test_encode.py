@@ -4,10 +4,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import longnet
 from longnet.data.slides import read_slide
+from model.test_checkpoints import Golden
 
 _SIZES = {
     "feature_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -127,3 +129,28 @@ def test_convert_a_fine_tuned_file_and_encode_with_its_encoder(folder, tmp_path,
     with torch.no_grad():
         want = model.slides(slide.tile_embeds, slide.coords).pooled[0]
     torch.testing.assert_close(load_file(tmp_path / "out" / "b.safetensors")["pooled"], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longvit", "longvit classifier", "lm"])
+def test_convert_the_other_kinds_there_and_back(kind, tmp_path, call):
+    if kind == "lm":
+        golden = Golden("decoder_lm_small")
+        weights = golden.weights("deepnorm/weights/")
+        options = ("--deepnorm", "--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4")
+    else:
+        golden = Golden("longvit_small")
+        weights, options = golden.weights(), ("--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4")
+        if kind == "longvit classifier":
+            weights = {f"backbone.{name}": weight for name, weight in weights.items()} | golden.weights("classifier/")
+    torch.save({"model": weights}, tmp_path / "theirs.pt")
+    folder = tmp_path / "ours"
+    assert call("convert", tmp_path / "theirs.pt", folder, "--kind", kind.split()[0], "--num-heads", 4, *options) == 0
+    assert call("convert", folder, tmp_path / "back.safetensors") == 0
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+    if kind == "lm":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            logits = model(golden["ragged/ids"]).logits
+        torch.testing.assert_close(logits.double(), golden["deepnorm/ragged/logits"].double(), rtol=0, atol=2e-5)
