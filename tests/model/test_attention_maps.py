@@ -5,7 +5,7 @@ import torch
 
 import longnet
 from longnet.attention.reference import multiplicity
-from longnet.model.attention_maps import attention_map, rollout
+from longnet.model.attention_maps import attention_map, attention_received, rollout, watch_received
 from longnet.model.patterns import pattern_of
 from model.test_slides import _SIZES, a_slide
 
@@ -75,6 +75,20 @@ def test_rollout_is_a_product_of_matrices():
     got = rollout(model, tiles, coords)
     torch.testing.assert_close(got, r, rtol=0, atol=1e-6)
     torch.testing.assert_close(got.sum(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("tail", ["torchscale", "exact"])
+def test_what_is_received_is_a_mean_of_rows_and_costs_no_second_pass(tail):
+    model = longnet.LongNetSlideModel(longnet.LongNetSlideConfig(**_SIZES, tail=tail)).eval()
+    batch = longnet.collate_slides([a_slide(20), a_slide(33)])
+    rows = attention_map(model, **batch, layer=1, query=range(34))
+    expected = rows.mean(1).sum(1) / torch.tensor([[21], [34]])
+    with torch.no_grad(), watch_received(model, layer=-1) as received:
+        for _ in model.each_layer(**batch):
+            pass
+        got = received()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert torch.equal(attention_received(model, **batch, layer=1), got)
 
 
 def test_what_there_is_no_map_of_is_refused():

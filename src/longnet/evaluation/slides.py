@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from longnet.data.slides import SlideFeatures, count_tiles, read_slide
 from longnet.data.writer import write_whole
-from longnet.model.attention_maps import attention_received
+from longnet.model.attention_maps import watch_received
 from longnet.model.slides import LongNetSlideModel, SlideOutput, collate_slides
 from longnet.plots import draw_heat_map
 
@@ -131,8 +132,12 @@ def _encode(model: LongNetSlideModel, slides: list[SlideFeatures], results: list
     inputs = collate_slides([(slide.tile_embeds.float(), slide.coords) for slide in slides])
     if len(slides) == 1:
         inputs.pop("padding_mask")
-    with warnings.catch_warnings(), torch.inference_mode():
+    maps = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # each slide's were noted when it was read
+        stack.enter_context(torch.no_grad())
+        watched = stack.enter_context(watch_received(model, layer=-1)) if wanted.heat_map else None
         layers: dict[str, list[Tensor]] = {"mean": [], "cls": []}
         output = SlideOutput()
         for output in model.each_layer(**inputs):
@@ -140,11 +145,8 @@ def _encode(model: LongNetSlideModel, slides: list[SlideFeatures], results: list
                 layers["mean"].append(output.pooled)
                 layers["cls"].append(output.cls)
         final = model.final(output)
-    maps = None
-    if wanted.heat_map:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            maps = attention_received(model, **inputs, layer=-1)
+        if watched is not None:
+            maps = watched()
     for row, (slide, path) in enumerate(zip(slides, results, strict=True)):
         tensors = {"pooled": final.pooled[row], "cls": final.cls[row]}
         for pool, states in layers.items() if wanted.layers else ():

@@ -3,7 +3,8 @@
 The weights of all queries are never formed: a row costs O(H·T), and the rollout one backward pass of the op a layer.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +113,29 @@ def attention_received(model: nn.Module, *inputs: Any, layer: int, **kwargs: Any
         ValueError: another kind of model or attention, or a layer that there is not.
     """
     attention = _layer(_attentions(model), layer)
-    seen = _seen(model, [attention], *inputs, **kwargs)[0]
+    return _received(attention, _seen(model, [attention], *inputs, **kwargs)[0])
+
+
+@contextlib.contextmanager
+def watch_received(model: nn.Module, *, layer: int) -> Iterator[Callable[[], Tensor]]:
+    """Watch a layer in a forward pass that is made anyway; outside inference mode, whose tensors have no gradients.
+
+    Args:
+        model: as `attention_map`'s.
+        layer: which, from 0; negative ones count from the last.
+
+    Yields:
+        A function that returns, once a pass was made, what `attention_received` would of its inputs.
+
+    Raises:
+        ValueError: another kind of model or attention, or a layer that there is not.
+    """
+    attention = _layer(_attentions(model), layer)
+    with _noted([attention]) as found:
+        yield lambda: _received(attention, found[id(attention)])
+
+
+def _received(attention: LongNetAttention, seen: "_Seen") -> Tensor:
     r = torch.zeros(len(seen[0]), seen[0].shape[2], dtype=torch.float32, device=seen[0].device)
     for row, start, stop in zip(*_runs(seen[3], len(r), r.shape[1]), strict=True):
         r[row, start:stop] = 1 / max(1, stop - start)
@@ -158,9 +181,24 @@ _Seen = tuple[Tensor, Tensor, Tensor, Any, Tail | None]
 
 @torch.no_grad()
 def _seen(model: nn.Module, modules: Sequence[LongNetAttention], *inputs: Any, **kwargs: Any) -> list[_Seen]:
-    # q, k, v, mask and tail as they reach these layers in one forward pass.
+    if modules[0].is_causal:
+        kwargs.setdefault("use_cache", False)
+    was_training = model.training
+    model.train(mode=False)
+    try:
+        with _noted(modules) as found:
+            model(*inputs, **kwargs)
+    finally:
+        model.train(mode=was_training)
+    return [found[id(module)] for module in modules]
+
+
+@contextlib.contextmanager
+def _noted(modules: Sequence[LongNetAttention]) -> Iterator[dict[int, _Seen]]:
+    # q, k, v, mask and tail as they reach these layers in the last forward pass.
     found: dict[int, _Seen] = {}
 
+    @torch.no_grad()
     def note(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if options["cache"] is not None:
             raise ValueError("attention maps are of whole sequences: leave out the cache")
@@ -170,17 +208,11 @@ def _seen(model: nn.Module, modules: Sequence[LongNetAttention], *inputs: Any, *
         found[id(module)] = (q, k, v, options["attention_mask"], options.get("tail"))
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
-    if modules[0].is_causal:
-        kwargs.setdefault("use_cache", False)
-    was_training = model.training
-    model.train(mode=False)
     try:
-        model(*inputs, **kwargs)
+        yield found
     finally:
-        model.train(mode=was_training)
         for handle in handles:
             handle.remove()
-    return [found[id(module)] for module in modules]
 
 
 def _runs(mask: Any, rows: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
