@@ -41,20 +41,40 @@ def named(system: str, healed: int) -> str:
 
 
 def loss_table(rows: list[Row], kind: str, title: str) -> str:
-    """Return each system's losses, and their distance from the dense model's before any healing, files paired."""
+    """Return each system's losses, and their distance from dense attention healed on as many tokens, files paired."""
     losses: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
         losses.setdefault((row["system"], row["healed"]), {})[row["file"]] = row[kind]
-    columns = list(rows[0][kind])
     lines = []
-    for each, files in losses.items():
+    for (system, healed), files in losses.items():
         cells = []
-        for column in columns:
-            own = np.array([files[name][column] for name in files])
-            change = mean_difference(own - [losses["dense", 0][name][column] for name in files])
-            cells.append(f"{own.mean():.3f} ({change.mean:+.3f} ± {change.standard_error or np.nan:.3f})")
-        lines.append([named(*each), len(files), *cells])
-    return table([title, "files", *columns], lines)
+        for column in rows[0][kind]:
+            cells.append(f"{mean(each[column] for each in files.values()):.3f}")
+            pairs = [(files[name], other) for name, other in losses.get(("dense", healed), {}).items() if name in files]
+            if pairs and system != "dense":
+                change = mean_difference(np.array([own[column] - other[column] for own, other in pairs]))
+                cells[-1] += f" ({change.mean:+.3f} ± {change.standard_error or np.nan:.3f})"
+        lines.append([named(system, healed), len(files), *cells])
+    return table([title, "files", *rows[0][kind]], lines)
+
+
+def headline(rows: list[Row]) -> list[str]:
+    """Return what the losses say of the last positions, a sentence for each system that has been healed."""
+    losses: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        bins = row["by_position"]
+        losses.setdefault((row["system"], row["healed"]), {})[row["file"]] = bins[last := list(bins)[-1]]
+    said = []
+    for (system, healed), files in losses.items():
+        if system == "dense" or not healed or ("dense", healed) not in losses:
+            continue
+        before, after = (
+            mean(losses[system, tokens][name] - losses["dense", tokens][name] for name in files)
+            for tokens in (0, healed)
+        )
+        said.append(f"At positions {last} `{system}` is {before:+.3f} nats from dense attention as converted, and "
+                    f"{after:+.3f} when both have healed on {healed:,} tokens.\n")  # fmt: skip
+    return said
 
 
 def healing_table(steps: dict[str, list[Row]]) -> str:
@@ -85,16 +105,16 @@ def ruler_table(rows: list[Row]) -> str:
 
 def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
     """Return the report."""
-    parts = ["# SmolLM2-135M-Instruct, dilated and healed\n"]
+    parts = ["# SmolLM2-135M-Instruct, dilated and healed\n", *headline(rows["loss"])]
     parts.append(table(
         ["system", "pattern", *(f"attention FLOPs at {tokens:,}" for tokens in CONTEXTS)],
         [[name, f"`{pattern}`" if pattern else "sdpa", *(f"{share_of_dense(pattern, n):.3f}" for n in CONTEXTS)]
          for name, pattern in PATTERNS.items()],
     ))  # fmt: skip
     if rows["loss"]:
-        parts.append("## Loss on held-out files\n\nNats a token, and the change ± its standard error over files from "
-                     "dense attention before any healing. By context: the same last tokens of each file's first 8,192, "
-                     "with so many tokens, theirs counted. By position: all tokens of the 8,192.\n")  # fmt: skip
+        parts.append("## Loss on held-out files\n\nNats a token, and the distance ± its standard error over files from "
+                     "dense attention healed on as many tokens. By context: the same last tokens of each file's first "
+                     "8,192, with so many tokens, theirs counted. By position: all tokens of the 8,192.\n")  # fmt: skip
         parts += [
             loss_table(rows["loss"], "by_context", "context"),
             loss_table(rows["loss"], "by_position", "position"),

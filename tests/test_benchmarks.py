@@ -79,4 +79,13 @@ def test_the_report_pairs_files_and_counts_flops(scripts):
     ]
     asked = [{"system": "all", "healed": 9, "task": "t", "length": 1024, "scores": [0.0, 1.0, 1.0, 0.0]}]
     assert "| t | 1024 | 0.50 ± 0.29 |" in report.ruler_table(asked)
-    assert "sdpa" in report.page(steps, {"loss": rows, "decode": [], "ruler": asked})
+    healed = [
+        {**row, "healed": healed, "by_position": {"0-9": row["by_context"]["256"] / (1 + healed)}}
+        for row in rows
+        for healed in (0, 1)
+    ]
+    assert report.headline(healed) == [
+        "At positions 0-9 `all` is +0.600 nats from dense attention as converted, and +0.300 when both have healed on "
+        "1 tokens.\n"
+    ]
+    assert "sdpa" in report.page(steps, {"loss": healed, "decode": [], "ruler": asked})
