@@ -34,7 +34,12 @@ from longnet.model.loss import next_token_loss
 from longnet.model.versions import CACHE
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PATTERNS = {"dense": None, "kept": "1024:1,2048:2,4096:4,8192:8", "all": "1024:1,8192:8;all"}
+PATTERNS = {
+    "dense": None,
+    "kept": "1024:1,2048:2,4096:4,8192:8",
+    "all": "1024:1,8192:8;all",
+    "window": "2048:1",  # alone, at their cost at 8,192
+}
 HEADS, HEAD_DIM, LONGEST = 9, 64, 8192
 LENGTHS = (2048, 4096, 2048, 4096, 8192, 2048, 4096, 2048, 4096, 4096)  # of the sequences, a step each, over and over
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}

@@ -59,22 +59,30 @@ def loss_table(rows: list[Row], kind: str, title: str) -> str:
 
 
 def headline(rows: list[Row]) -> list[str]:
-    """Return what the losses say of the last positions, a sentence for each system that has been healed."""
-    losses: dict[tuple[str, int], dict[str, float]] = {}
+    """Return what the losses say of each system that has been healed: what is left, and whether far tokens help."""
+    losses: dict[tuple[str, int], dict[str, Row]] = {}
     for row in rows:
-        bins = row["by_position"]
-        losses.setdefault((row["system"], row["healed"]), {})[row["file"]] = bins[last := list(bins)[-1]]
+        losses.setdefault((row["system"], row["healed"]), {})[row["file"]] = row
     said = []
     for (system, healed), files in losses.items():
         if system == "dense" or not healed or ("dense", healed) not in losses:
             continue
+        last = list(next(iter(files.values()))["by_position"])[-1]
         before, after = (
-            mean(losses[system, tokens][name] - losses["dense", tokens][name] for name in files)
+            mean(
+                losses[system, tokens][name]["by_position"][last] - losses["dense", tokens][name]["by_position"][last]
+                for name in files
+            )
             for tokens in (0, healed)
         )
-        said.append(f"At positions {last} `{system}` is {before:+.3f} nats from dense attention as converted, and "
-                    f"{after:+.3f} when both have healed on {healed:,} tokens.\n")  # fmt: skip
-    return said
+        context = {each: mean(row["by_context"][each] for row in files.values()) for each in (*map(str, CONTEXTS),)}
+        best = min(context, key=lambda each: context[each])
+        said.append(
+            f"- `{system}` at positions {last}: {before:+.3f} nats from dense attention as converted, {after:+.3f} "
+            f"when both have healed on {healed:,} tokens. Of its contexts {best} is best: {context[best]:.3f}, "
+            f"{context[str(CONTEXTS[-1])]:.3f} with {CONTEXTS[-1]}."
+        )
+    return [*said, ""]
 
 
 def healing_table(steps: dict[str, list[Row]]) -> str:
@@ -137,10 +145,11 @@ def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
 def report(work: Path) -> None:
     """Write the rows, the steps of healing and the page."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    steps = {name: torch.load(work / f"heal-{name}.pt", weights_only=True)["steps"] for name in PATTERNS}
+    files = {name: work / f"heal-{name}.pt" for name in PATTERNS}
+    steps = {name: torch.load(file, weights_only=True)["steps"] for name, file in files.items() if file.exists()}
     rows = {name: rows_of(work / f"{name}.jsonl") for name in ("loss", "decode", "ruler")}
     (RESULTS / "heal.json").write_text(json.dumps(steps, indent=1) + "\n")
-    for name, kept in rows.items():
+    for name, kept in ((name, kept) for name, kept in rows.items() if kept):
         (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     (RESULTS / "report.md").write_text(page(steps, rows))
 

@@ -43,7 +43,7 @@ def test_a_healing_that_was_stopped_goes_on_to_the_same_weights(scripts, tmp_pat
     assert [step["length"] for step in whole["steps"]] == [2048, 4096]
     assert all(torch.equal(value, stopped["adapter"][name]) for name, value in whole["adapter"].items())
     assert any(value.any() for name, value in whole["adapter"].items() if "lora_B" in name)  # they begin as zeros
-    assert list(smollm2.systems(folders[0])) == [("dense", 0), ("kept", 0), ("all", 0), ("all", 6144)]
+    assert list(smollm2.systems(folders[0])) == [*((name, 0) for name in smollm2.PATTERNS), ("all", 6144)]
     ids = torch.arange(64)[None]
     healed = smollm2.load_healed(folders[0], "all", 6144)(ids).logits
     assert not torch.equal(healed, smollm2.load_healed(folders[0], "all", 0)(ids).logits)
@@ -63,12 +63,17 @@ def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scrip
 def test_the_report_pairs_files_and_counts_flops(scripts):
     smollm2, report = scripts
     shares = [report.share_of_dense(pattern, 8192) for pattern in smollm2.PATTERNS.values()]
-    assert shares == [1, pytest.approx(0.235, abs=1e-3), pytest.approx(0.25, abs=1e-3)]
+    assert shares == pytest.approx([1, 0.235, 0.25, 0.25], abs=1e-3)
     rows = [
-        {"system": system, "healed": 0, "file": file, "by_context": {"256": loss}, "by_position": {}}
+        {
+            "system": system,
+            "healed": 0,
+            "file": file,
+            "by_context": {**dict.fromkeys(("1024", "4096", "8192"), 9.0), "256": loss},
+        }
         for system, file, loss in (("dense", "a", 1.0), ("dense", "b", 3.0), ("all", "a", 1.5), ("all", "b", 3.7))
     ]
-    assert "| all, as converted | 2 | 2.600 (+0.600 ± 0.100) |" in report.loss_table(rows, "by_context", "context")
+    assert "| 2.600 (+0.600 ± 0.100) |" in report.loss_table(rows, "by_context", "context")
     steps = {
         name: [{"tokens": 10 * step + 10, "loss": loss + step} for step in range(count)]
         for name, loss, count in (("dense", 1.0, 7), ("all", 1.5, 6))
@@ -84,8 +89,8 @@ def test_the_report_pairs_files_and_counts_flops(scripts):
         for row in rows
         for healed in (0, 1)
     ]
-    assert report.headline(healed) == [
-        "At positions 0-9 `all` is +0.600 nats from dense attention as converted, and +0.300 when both have healed on "
-        "1 tokens.\n"
-    ]
+    assert report.headline(healed)[0] == (
+        "- `all` at positions 0-9: +0.600 nats from dense attention as converted, +0.300 when both have healed on 1 "
+        "tokens. Of its contexts 256 is best: 2.600, 9.000 with 8192."
+    )
     assert "sdpa" in report.page(steps, {"loss": healed, "decode": [], "ruler": asked})
