@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import torch
 
 from longnet.attention.reach import hops_nested, hops_searched
+from longnet.attention.strips import draw_strips
 
 HeadOffsets = Literal["mod", "block"]
 Queries = Literal["kept", "all"]
@@ -214,6 +215,13 @@ class DilationPattern:
             f"{field.name}={value!r}" for field in fields(self) if (value := getattr(self, field.name)) != field.default
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def _repr_html_(self) -> str:
+        # Notebooks draw it: the first heads, of as many as the largest rate.
+        first, total = (0, max(self.dilation_rates)) if self.head_shard is None else self.head_shard
+        heads = range(min(4, total - first))
+        drawn = [(w, r, [self.offset(r, head, total - first) for head in heads]) for w, r in self.branches]
+        return draw_strips(str(self), drawn)
 
     @property
     def branches(self) -> tuple[tuple[int, int], ...]:
