@@ -1,7 +1,5 @@
 """A sequence that comes in chunks, forward and backward, against the oracle on the whole of it."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,59 +9,7 @@ from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
 from longnet.attention.chunks import Chunk, Tape
-
-
-def learn(layers, tape):
-    """Return out and all gradients of layers of (q, k, v, dout, sinks), chunk by chunk, the last one first."""
-    cut = [
-        range(start, min(tape.tokens, start + tape.chunk_tokens)) for start in range(0, tape.tokens, tape.chunk_tokens)
-    ]
-
-    def attend(chunk, layer):
-        *qkv, _, sinks = layers[layer]
-        here = slice(cut[chunk.index].start, cut[chunk.index].stop)
-        parts = [x[:, :, here].detach().requires_grad_(chunk.is_learning) for x in qkv]
-        if sinks is not None:
-            parts.append((sinks if sinks.ndim == 1 else sinks[:, :, here]).detach().requires_grad_())
-        out = chunk.attend(layer, *parts[:3], tape.patterns[layer], scale=0.4, sinks=(*parts, None)[3])
-        return out, parts
-
-    log = []
-    for index in range(tape.chunks - 1):
-        chunk = Chunk(tape, index, is_learning=False)
-        with torch.no_grad():
-            for layer in range(len(layers)):
-                attend(chunk, layer)
-        log.append(chunk.replaced())
-        heads = layers[0][1].shape[1]
-        assert len(log[-1]) == tape.rows_given(index, heads)
-    results = [[] for _ in layers]
-    for index in reversed(range(tape.chunks)):
-        chunk = Chunk(tape, index, is_learning=True)
-        if index < tape.chunks - 1:
-            chunk.restore(log.pop())
-        outs, leaves = zip(*(attend(chunk, layer) for layer in range(len(layers))), strict=True)
-        here = slice(cut[index].start, cut[index].stop)
-        chunk.backward(sum((out * layer[3][:, :, here]).sum() for out, layer in zip(outs, layers, strict=True)))
-        for result, out, parts in zip(results, outs, leaves, strict=True):
-            result.insert(0, [out.detach(), *(x.grad for x in parts)])
-    assert tape.owed is None or not tape.owed.any()  # all debts are paid
-    return [[torch.cat(x, 2) if x[0].ndim > 1 else sum(x) for x in zip(*result, strict=True)] for result in results]
-
-
-@st.composite
-def sequences(draw):
-    tokens, batch = draw(st.integers(1, 80)), draw(st.integers(1, 3))
-    kind = draw(st.sampled_from(["whole", "padded", "packed"]))
-    bounds = torch.tensor([[row, 0, tokens] for row in range(batch)])
-    if kind == "padded":
-        spans = [sorted(draw(st.tuples(*[st.integers(0, tokens)] * 2))) for _ in range(batch)]
-        bounds = torch.tensor([[row, *span] for row, span in enumerate(spans)])
-    elif kind == "packed":
-        batch = 1
-        inner = sorted(draw(st.lists(st.integers(0, tokens), max_size=4)))
-        bounds = torch.tensor([[0, *span] for span in itertools.pairwise([0, *inner, tokens])])
-    return tokens, batch, bounds, draw(st.integers(1, tokens + 3))
+from stretches import learn, sequences
 
 
 @settings(max_examples=150)

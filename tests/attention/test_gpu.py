@@ -11,6 +11,9 @@ from cases import ON_CUDA, cases
 from longnet import DilationPattern, dilated_attention
 from longnet.attention import reference
 from longnet.attention.backends import dispatch
+from longnet.attention.chunks import Tape
+from longnet.attention.streaming import StreamState
+from stretches import learn, simulate
 from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, rounding_floor
 
 pytestmark = ON_CUDA
@@ -43,6 +46,60 @@ def test_the_fused_kernel_errs_no_more_than_plain_pytorch(case, dtype):
         assert_as_good_as_plain(
             name, got, plain[name], exact[name], factor, rounding_floor(dtype, logit, magnitudes[name])
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decoded_token_is_one_launch_that_a_graph_replays(dtype):
+    pattern, tokens = DilationPattern((64, 512), (1, 3), queries="all"), 700
+    q, k, v = (torch.randn(2, heads, tokens, 64, device="cuda", dtype=dtype) for heads in (8, 4, 4))
+    plain, fused = (
+        StreamState(pattern, batch_size=2, num_kv_heads=4, head_dim=64, dtype=dtype, device=q.device, backend=backend)
+        for backend in ("auto", "triton")
+    )
+    for state in (plain, fused):
+        state.attend(q[:, :, :300], k[:, :, :300], v[:, :, :300], scale=None)
+    room = [x[:, :, :1].clone() for x in (q, k, v)]
+
+    def bring(index):
+        for x, of_all in zip(room, (q, k, v), strict=True):
+            x.copy_(of_all[:, :, index : index + 1])
+        return plain.attend(*room, scale=None)
+
+    want = bring(300)
+    torch.testing.assert_close(fused.attend(*room, scale=None), want, atol=2e-2, rtol=2e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # which runs nothing
+        got = fused.attend(*room, scale=None)
+    for index in range(301, tokens):
+        want = bring(index)
+        graph.replay()
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    fused.replayed(tokens - 301)
+    assert fused.next == plain.next
+
+
+def test_slices_and_chunks_on_the_fused_kernel():
+    torch.manual_seed(0)
+    pattern, tokens = DilationPattern((64, 400), (1, 3)), 1000
+    q, dout = torch.randn(2, 1, 8, tokens, 64, device="cuda")
+    k, v = torch.randn(2, 1, 4, tokens, 64, device="cuda")
+    for is_causal in (True, False):
+        found, want = (
+            simulate(
+                q, k, v, dout, pattern, (0, 300, 650, tokens), bounds=None, is_causal=is_causal, scale=0.125,
+                backend=backend,
+            )[0]
+            for backend in ("triton", "auto")
+        )  # fmt: skip
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    bounds = torch.tensor([[0, 0, tokens]])
+    (found,), (want,) = (
+        learn([(q, k, v, dout, None)], Tape([pattern], tokens=tokens, chunk_tokens=300, bounds=bounds, backend=backend))
+        for backend in ("triton", "auto")
+    )
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_the_fused_kernel_has_no_races():

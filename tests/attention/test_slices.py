@@ -1,6 +1,5 @@
 """A sequence in slices, its ranks simulated in one process: against the oracle on the whole sequence."""
 
-import itertools
 import re
 import warnings
 from pathlib import Path
@@ -13,65 +12,9 @@ from hypothesis import strategies as st
 from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
-from longnet.attention.backends import dispatch
-from longnet.attention.halo import attend_halo, attend_own, differentiate_halo, differentiate_own, take_home, take_rows
 from longnet.attention.plan import runs_of
-from longnet.attention.sequence_parallel import make_halo
 from longnet.attention.slices import lay_out_slice
-
-
-def exchange(sent, layouts):
-    """What all_to_all does: the parts that rank p sends to rank o, at rank o, in rank order."""
-    parts = [rows.split(list(layout)) for rows, layout in zip(sent, layouts, strict=True)]
-    return [torch.cat([part[rank] for part in parts]) for rank in range(len(parts))]
-
-
-def simulate(q, k, v, dout, pattern, edges, *, bounds, is_causal, scale):
-    """Return out, lse, dq, dk, dv of the whole sequence, computed slice by slice."""
-    batch, heads, tokens, head_dim = q.shape
-    kernel = dispatch.choose("auto", q.device, q.dtype, head_dim)
-    layouts = [
-        lay_out_slice(
-            pattern, runs=runs_of(bounds, batch, tokens), edges=edges, rank=rank, batch_size=batch, num_heads=heads,
-            num_kv_heads=k.shape[1], is_causal=is_causal, device=q.device,
-        )
-        for rank in range(len(edges) - 1)
-    ]  # fmt: skip
-    cut = [[x[:, :, a:b] for a, b in itertools.pairwise(edges)] for x in (q, k, v, dout)]
-    slices = list(zip(*cut, strict=True))
-    sent = [take_rows(parts[1:3], layout.sent) for parts, layout in zip(slices, layouts, strict=True)]
-    came = exchange(sent, [layout.sent_counts for layout in layouts])
-    results, homeward = [], []
-    for (*qkv, gradient), layout, rows in zip(slices, layouts, came, strict=True):
-        assert len(rows) == sum(layout.received_counts)
-        halo = make_halo(rows, layout, batch, k.shape[1])
-        out, lse = attend_own(kernel, layout.tiles, *qkv, scale=scale)
-        out, lse = attend_halo(kernel, layout.tiles, qkv[0], halo, out, lse, scale=scale)
-        dq, dhalo = differentiate_halo(kernel, layout.tiles, gradient, qkv[0], halo, out, lse, scale=scale)
-        grads = differentiate_own(kernel, layout.tiles, gradient, *qkv, out, lse, dq, scale=scale)
-        homeward.append(take_rows(dhalo, layout.received))
-        results.append([out, lse, *grads])
-    home = exchange(homeward, [layout.received_counts for layout in layouts])
-    for result, layout, rows in zip(results, layouts, home, strict=True):
-        take_home(rows, layout.sent, result[3:])
-    return [torch.cat(parts, 2) for parts in zip(*results, strict=True)], layouts
-
-
-@st.composite
-def cut_sequences(draw):
-    tokens, batch = draw(st.integers(1, 80)), draw(st.integers(1, 3))
-    ranks = draw(st.sampled_from([1, 2, 3, 4, 8, 64]))
-    edges = sorted(draw(st.lists(st.integers(0, tokens), min_size=ranks - 1, max_size=ranks - 1)))
-    kind = draw(st.sampled_from(["whole", "padded", "packed"]))
-    bounds = None
-    if kind == "padded":
-        spans = [sorted(draw(st.tuples(*[st.integers(0, tokens)] * 2))) for _ in range(batch)]
-        bounds = torch.tensor([[row, *span] for row, span in enumerate(spans)])
-    elif kind == "packed":
-        batch = 1
-        inner = sorted(draw(st.lists(st.integers(0, tokens), max_size=4)))
-        bounds = torch.tensor([[0, *span] for span in itertools.pairwise([0, *inner, tokens])])
-    return tokens, batch, (0, *edges, tokens), bounds
+from stretches import cut_sequences, simulate
 
 
 @given(cut_sequences(), patterns(), st.integers(1, 5), st.integers(1, 2), st.booleans(), st.integers(0, 2**31))

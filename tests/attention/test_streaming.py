@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,83 +14,8 @@ from longnet import DilationPattern
 from longnet.attention import reference
 from longnet.attention.pattern import kept_rows
 from longnet.attention.streaming import StreamState
+from stretches import Text, texts
 from tolerances import assert_as_good_as_plain
-
-FAR = [2**31, 2**32, 10**9, 2**40]
-
-
-@dataclass
-class Text:
-    """A batch of sequences: where each begins, and the pieces it comes in."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    pattern: DilationPattern
-    begins: list[int]
-    pieces: list[tuple[int, int]]
-    start: int
-
-    @property
-    def state(self):
-        batch, heads, _, head_dim = self.k.shape
-        return StreamState(
-            self.pattern, batch_size=batch, num_kv_heads=heads, head_dim=head_dim, dtype=self.k.dtype,
-            device=self.k.device, start=self.start,
-        )  # fmt: skip
-
-    def run(self, dtype=torch.float64, pieces=None):
-        text = Text(*(x.to(dtype) for x in (self.q, self.k, self.v)), *list(vars(self).values())[3:])
-        state, parts = text.state, []
-        for a, b in self.pieces if pieces is None else pieces:
-            bounds = None
-            if any(begin > a for begin in self.begins):
-                runs = [(row, max(0, begin - a), b - a) for row, begin in enumerate(self.begins) if begin < b]
-                bounds = torch.tensor(runs, dtype=torch.int64).view(-1, 3)
-            q, k, v = (x[:, :, a:b] for x in (text.q, text.k, text.v))
-            parts.append(state.attend(q, k, v, scale=None, bounds=bounds))
-        return torch.cat(parts, 2), state
-
-    def oracle(self, dtype=torch.float64):
-        """The definition, on positions as they are: a dense mask with each row's own count."""
-        tokens, heads = self.q.shape[2], self.k.shape[1]
-        positions = torch.stack([torch.arange(tokens) - begin + self.start for begin in self.begins])
-        documents = torch.where(positions >= self.start, 0, -1)
-        count = reference.multiplicity(positions, documents, self.pattern, num_kv_heads=heads, is_causal=True)
-        group = self.q.shape[1] // heads
-        count = count.repeat_interleave(group, 1)
-        q, k, v = (x.to(dtype) for x in (self.q, self.k, self.v))
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = q @ k.mT * q.shape[3] ** -0.5 + count.to(dtype).log()
-        unseen = (count == 0).all(-1, keepdim=True)
-        return torch.where(unseen, 0, torch.softmax(torch.where(unseen, 0, scores), -1) @ v)
-
-
-@st.composite
-def texts(draw):
-    tokens, batch = draw(st.integers(1, 50)), draw(st.integers(1, 3))
-    heads, group = draw(st.integers(1, 5)), draw(st.sampled_from([1, 1, 2, 3]))
-    head_dim = draw(st.sampled_from([1, 3, 8, 16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    is_wide = draw(st.booleans())
-
-    def normal(n):
-        shape = (batch, tokens, n, head_dim) if is_wide else (batch, n, tokens, head_dim)
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return x.transpose(1, 2) if is_wide else x
-
-    is_padded = draw(st.booleans())
-    begins = [draw(st.integers(0, tokens)) if is_padded else 0 for _ in range(batch)]
-    cuts = draw(st.lists(st.integers(1, tokens), max_size=6))
-    if draw(st.booleans()):
-        cuts = list(range(1, tokens))  # token by token
-    edges = sorted({0, *cuts, tokens})
-    start = draw(st.one_of(st.just(0), st.integers(0, 100), st.sampled_from(FAR), st.integers(0, 2**41)))
-    start -= draw(st.integers(0, 40))
-    return Text(
-        normal(heads * group), normal(heads), normal(heads), draw(patterns()), begins,
-        list(itertools.pairwise(edges)), max(0, start),
-    )  # fmt: skip
 
 
 @given(texts())

@@ -23,10 +23,8 @@ from longnet.attention.backends import dispatch
 from longnet.attention.halo import (
     HaloLayout,
     Pieces,
-    attend_halo,
-    attend_own,
-    differentiate_halo,
-    differentiate_own,
+    attend_both,
+    differentiate_both,
     lay_out,
     put_rows,
     take_home,
@@ -49,6 +47,7 @@ class Tape:
         tokens: T of the whole sequence.
         chunk_tokens: of a chunk; the last one may be shorter.
         bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of each run of real tokens.
+        backend: as in `dilated_attention`, but for the oracle.
 
     Attributes:
         states: (layers, 2, B, G, rows, D), keys and values of open segments; None before the first chunk.
@@ -56,7 +55,16 @@ class Tape:
         places: where each branch's rows begin; a branch whose segments never reach over a chunk's end has none.
     """
 
-    def __init__(self, patterns: Sequence[DilationPattern], *, tokens: int, chunk_tokens: int, bounds: Tensor) -> None:
+    def __init__(
+        self,
+        patterns: Sequence[DilationPattern],
+        *,
+        tokens: int,
+        chunk_tokens: int,
+        bounds: Tensor,
+        backend: dispatch.Backend = "auto",
+    ) -> None:
+        self.backend = backend
         self.patterns, self.tokens, self.chunk_tokens, self.bounds = tuple(patterns), tokens, chunk_tokens, bounds
         self.places = _places(self.patterns[0], bounds, tokens, chunk_tokens)
         self.states: Tensor | None = None
@@ -210,8 +218,8 @@ class Chunk:
         q, k, v = cast_under_autocast(q, k, v)
         out: Tensor
         state = tape.allocate(k)[layer]
-        settings = (self._bounds, self.start, tape.tokens, tape.places, *pattern.arguments, scale)
-        layout = _lay_out(q, k, *settings[:-1])
+        settings = (self._bounds, self.start, tape.tokens, tape.places, *pattern.arguments, scale, tape.backend)
+        layout = _lay_out(q, k, *settings[:-2])
         if self.is_learning:
             if layer in self.learned:  # activation checkpointing runs the layer once more
                 again: Tensor = _op(q, k, v, self.learned[layer][0], sinks, *settings)[0]
@@ -349,7 +357,7 @@ def _lay_out(
     )
 
 
-_SETTINGS = f"Tensor bounds, SymInt start, SymInt total, SymInt[] places, {PATTERN_SCHEMA}, float scale"
+_SETTINGS = f"Tensor bounds, SymInt start, SymInt total, SymInt[] places, {PATTERN_SCHEMA}, float scale, str backend"
 
 
 @torch.library.custom_op(
@@ -361,12 +369,10 @@ def _op(
     q: Tensor, k: Tensor, v: Tensor, halo: Tensor, sinks: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse, and the rows (n, 2, D) of keys and values that later chunks need, at least float32."""
-    layout, scale = _lay_out(q, k, *settings[:-1]), settings[-1]
-    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    layout, scale, backend = _lay_out(q, k, *settings[:-2]), *settings[-2:]
     sent = take_rows((k, v), layout.sent)
     q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = attend_own(kernels, layout.tiles, q, k, v, scale=scale)
-    out, lse = attend_halo(kernels, layout.tiles, q, halo.to(k.dtype), out, lse, scale=scale)
+    out, lse = attend_both(backend, layout.tiles, q, k, v, halo.to(k.dtype), scale=scale)
     if sinks is not None:
         merge_sinks_(out, lse, sinks)
     return out.to(q.dtype), lse, sent.to(lse.dtype)
@@ -389,11 +395,11 @@ def _op_backward(
     halo: Tensor,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, scale = _lay_out(q, k, *settings[:-1]), settings[-1]
-    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    layout, scale, backend = _lay_out(q, k, *settings[:-2]), *settings[-2:]
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
-    dq_halo, dhalo = differentiate_halo(kernels, layout.tiles, dout, q, halo.to(k.dtype), out, lse, scale=scale)
-    dq, dk, dv = differentiate_own(kernels, layout.tiles, dout, q, k, v, out, lse, dq_halo, scale=scale)
+    dq, dk, dv, dhalo = differentiate_both(
+        backend, layout.tiles, dout, q, k, v, halo.to(k.dtype), out, lse, scale=scale
+    )
     if dsent is not None:
         take_home(dsent, layout.sent, (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dhalo.to(halo.dtype)
@@ -436,7 +442,7 @@ _op.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _count(q: Tensor, k: Tensor, _v: Tensor, _halo: Tensor, _sinks: Any, *settings: Any, **_: Any) -> int:
-    return 4 * q.shape[3] * _lay_out(q, k, *settings[:-1]).tiles.pairs
+    return 4 * q.shape[3] * _lay_out(q, k, *settings[:-2]).tiles.pairs
 
 
 def _count_backward(_dout: Tensor, _dsent: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:

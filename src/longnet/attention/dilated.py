@@ -128,15 +128,17 @@ def dilated_attention(
     q, k, v = cast_under_autocast(q, k, v)
     _check(q, k, v, pattern, padding_mask, cu_seqlens, sinks, dropout_p)
     if mesh is not None:
-        if q.shape[2] != k.shape[2] or backend not in ("auto", "sdpa"):
-            raise ValueError('across ranks there must be as many queries as keys, and a backend of tiles: "auto"')
+        if q.shape[2] != k.shape[2] or backend == "reference":
+            raise ValueError('across ranks there must be as many queries as keys, and a backend but the oracle: "auto"')
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         slices = gather_slices(
             group_of(mesh), k.transpose(1, 2), None if padding_mask is None else padding_bounds(padding_mask)
         )
         if cu_seqlens is not None:
             slices = replace(slices, bounds=document_bounds(cu_seqlens, int(slices.edges[-1])))
-        out, lse = attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks)
+        out, lse = attend_slice(
+            q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks, backend=backend
+        )
         return (out, lse.detach()) if return_lse else out
     bounds = None
     if padding_mask is not None:

@@ -3,7 +3,7 @@
 A call has a stretch of a sequence at hand. What else its queries see of their segments is the *halo*: the kept rows of
 each branch, one after the other, at places that the caller chooses. Who brings them is the caller's: an exchange with
 other ranks (`sequence_parallel`), a state in memory (`streaming`), or that state and a log on disk (`chunks`). Own and
-halo are functions of their own, so that rows can travel between the two.
+halo are functions of their own, so that rows can travel between the two; who has both takes them together.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longnet.attention.backends.dispatch import Kernels
+from longnet.attention.backends import dispatch
+from longnet.attention.backends.triton import launch
+from longnet.attention.backends.triton.tables import EVERYWHERE, HALO
 from longnet.attention.pattern import DilationPattern
-from longnet.attention.plan import Run, Tile, plan
-from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse
+from longnet.attention.plan import Run, Tile, Whole, plan
+from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, laid_out_like
 
 
 class HaloLayout(NamedTuple):
@@ -29,11 +31,13 @@ class HaloLayout(NamedTuple):
         own: of its own queries and keys.
         is_complete: the `is_first` ones among them write every query.
         halo: of its own queries and the halo's keys.
+        whole: both as one, for a backend that needs no tiles.
     """
 
     own: tuple[Tile, ...]
     is_complete: bool
     halo: tuple[Tile, ...]
+    whole: Whole
 
     @property
     def pairs(self) -> int:
@@ -71,6 +75,7 @@ def lay_out(
         pattern, runs=runs, batch_size=batch_size, q_tokens=tokens, k_tokens=tokens, num_heads=num_heads,
         num_kv_heads=num_kv_heads, is_causal=is_causal, is_partial=True,
     )  # fmt: skip
+    queries = sum(run.rows * (run.stop - max(0, run.start + run.first)) for run in runs)
     return HaloLayout(
         own=tuple(tile for tile in tiles if not tile.is_kept),
         is_complete=is_complete,
@@ -79,16 +84,27 @@ def lay_out(
             for tile in tiles
             if tile.is_kept
         ),
+        whole=Whole(
+            pattern,
+            runs,
+            is_causal,
+            is_complete=queries == batch_size * tokens,
+            earlier=earlier,
+            later=later,
+        ),
     )
 
 
+Pair = Tensor | tuple[Tensor, Tensor]  # of keys and values
+
+
 def attend_own(
-    kernels: Kernels, layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, *, scale: float
+    backend: str, layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend to the rows at hand.
 
     Args:
-        kernels: compute one tile.
+        backend: as in `dilated_attention`, but for the oracle.
         layout: of the call.
         q: (B, H, T, D), last stride 1, as `rows_dense` returns it.
         k: (B, G, T, D), last stride 1.
@@ -99,28 +115,45 @@ def attend_own(
         out (B, H, T, D) and lse (B, H, T), at least float32; 0 and −inf for queries that have seen nothing.
     """
     out, lse = empty_like(q), empty_lse(q)
+    if _is_fused(backend, q):
+        out, fused_lse = launch.attend(q, k, v, None, layout.whole, scale=scale, out=out)
+        return out, laid_out_like(fused_lse, lse)
     if not layout.is_complete:
         out.zero_()
         lse.fill_(-torch.inf)
-    return attend_tiles(kernels, layout.own, q, k, v, out, lse, scale=scale)
+    return attend_tiles(_kernels(backend, q), layout.own, q, k, v, out, lse, scale=scale)
 
 
 def attend_halo(
-    kernels: Kernels,
-    layout: HaloLayout,
-    q: Tensor,
-    halo: Tensor | tuple[Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
+    backend: str, layout: HaloLayout, q: Tensor, halo: Pair, out: Tensor, lse: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Fold the halo's keys and values, (B, G, rows, D) each, into what `attend_own` returned."""
-    return attend_tiles(kernels, layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    if not _is_fused(backend, q):
+        return attend_tiles(_kernels(backend, q), layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
+    if not layout.halo:
+        return out, lse
+    out, fused_lse = launch.attend(
+        q, *_unread(q, halo), None, layout.whole, scale=scale, halo=(halo[0], halo[1]), sources=HALO, out=out,
+        lse=lse.contiguous(),
+    )  # fmt: skip
+    return out, laid_out_like(fused_lse, lse)
+
+
+def attend_both(
+    backend: str, layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, halo: Pair, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to the rows at hand and to the halo's: `attend_own` and `attend_halo`, in one launch where that is one."""
+    if not _is_fused(backend, q):
+        out, lse = attend_own(backend, layout, q, k, v, scale=scale)
+        return attend_halo(backend, layout, q, halo, out, lse, scale=scale)
+    out, lse = launch.attend(
+        q, k, v, None, layout.whole, scale=scale, halo=(halo[0], halo[1]), sources=EVERYWHERE, out=empty_like(q)
+    )
+    return out, laid_out_like(lse, empty_lse(q))
 
 
 def differentiate_halo(
-    kernels: Kernels,
+    backend: str,
     layout: HaloLayout,
     dout: Tensor,
     q: Tensor,
@@ -138,14 +171,23 @@ def differentiate_halo(
     if not layout.halo:
         return None, dhalo
     dq = empty_like(q).zero_()
-    differentiate_tiles(
-        kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, (dq, dhalo[0], dhalo[1]), scale=scale
-    )
+    if _is_fused(backend, q):
+        lse, rows, grads = lse.contiguous(), (halo[0], halo[1]), (dhalo[0], dhalo[1])
+        delta = torch.empty_like(lse)
+        launch.differentiate_queries(
+            dout, q, _unread(q, halo), rows, out, lse, delta, layout.whole, dq, scale=scale, sources=HALO
+        )
+        launch.differentiate_halo(dout, q, rows, lse, delta, layout.whole, grads, scale=scale)
+    else:
+        differentiate_tiles(
+            _kernels(backend, q), layout.halo, dout, q, halo[0], halo[1], out, lse, (dq, dhalo[0], dhalo[1]),
+            scale=scale,
+        )  # fmt: skip
     return dq, dhalo
 
 
 def differentiate_own(
-    kernels: Kernels,
+    backend: str,
     layout: HaloLayout,
     dout: Tensor,
     q: Tensor,
@@ -159,13 +201,68 @@ def differentiate_own(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, with the halo's share, dk and dv of the rows at hand, at least float32."""
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    if not layout.is_complete:
+    is_fused = _is_fused(backend, q)
+    if not (layout.whole.is_complete if is_fused else layout.is_complete):
         for grad in (dq, dk, dv):
             grad.zero_()
-    dq, dk, dv = differentiate_tiles(kernels, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+    if is_fused:
+        lse = lse.contiguous()
+        delta = torch.empty_like(lse)
+        launch.differentiate_queries(dout, q, (k, v), None, out, lse, delta, layout.whole, dq, scale=scale)
+        launch.differentiate_keys(dout, q, (k, v), lse, delta, layout.whole, (dk, dv), scale=scale)
+    else:
+        dq, dk, dv = differentiate_tiles(
+            _kernels(backend, q), layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale
+        )
     if dq_halo is not None:
         dq.add_(dq_halo)
     return dq, dk, dv
+
+
+def differentiate_both(
+    backend: str,
+    layout: HaloLayout,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    halo: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv and the gradient of the halo, as `differentiate_halo` and `differentiate_own` do."""
+    if not (layout.halo and _is_fused(backend, q)):
+        dq_halo, dhalo = differentiate_halo(backend, layout, dout, q, halo, out, lse, scale=scale)
+        grads = differentiate_own(backend, layout, dout, q, k, v, out, lse, dq_halo, scale=scale)
+        return *grads, dhalo
+    dq, dk, dv, dhalo = empty_like(q), empty_like(k), empty_like(v), empty_like(halo).zero_()
+    if not layout.whole.is_complete:
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    lse, rows = lse.contiguous(), (halo[0], halo[1])
+    delta = torch.empty_like(lse)
+    launch.differentiate_queries(
+        dout, q, (k, v), rows, out, lse, delta, layout.whole, dq, scale=scale, sources=EVERYWHERE
+    )
+    launch.differentiate_keys(dout, q, (k, v), lse, delta, layout.whole, (dk, dv), scale=scale)
+    launch.differentiate_halo(dout, q, rows, lse, delta, layout.whole, (dhalo[0], dhalo[1]), scale=scale)
+    return dq, dk, dv, dhalo
+
+
+def _is_fused(backend: str, q: Tensor) -> bool:
+    return dispatch.is_fused(backend, q.device, q.dtype, q.shape[3])
+
+
+def _kernels(backend: str, q: Tensor) -> dispatch.Kernels:
+    return dispatch.choose(backend, q.device, q.dtype, q.shape[3])
+
+
+def _unread(q: Tensor, halo: Pair) -> tuple[Tensor, Tensor]:
+    """Return what has the shape of the keys and values at hand, which nothing reads."""
+    like = q[:, : halo[0].shape[1]]
+    return like, like
 
 
 class Rows(NamedTuple):

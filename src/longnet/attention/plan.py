@@ -95,12 +95,18 @@ class Plan(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A call as one, for a backend that needs no tiles; `is_complete` when every query lies in a run."""
+    """A call as one, for a backend that needs no tiles; `is_complete` when every query lies in a run.
+
+    Of runs that reach beyond the tensors at hand a halo has the rest; `earlier` and `later` are where it has the rows
+    of each branch from before the tensors at hand and from after them, and empty where there is no halo.
+    """
 
     pattern: DilationPattern
     runs: tuple[Run, ...]
     is_causal: bool
     is_complete: bool
+    earlier: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
 
 
 @functools.lru_cache(maxsize=64)  # packed documents make a plan a batch, of up to a megabyte

@@ -133,6 +133,7 @@ def attend_slice(
     is_causal: bool,
     scale: float,
     sinks: Tensor | None = None,
+    backend: dispatch.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend with this rank's queries to the keys of all ranks.
 
@@ -147,6 +148,7 @@ def attend_slice(
         is_causal: hide the keys after each query.
         scale: factor on q·k.
         sinks: (H,) or (B, H, T) of this rank's queries, as in `dilated_attention`.
+        backend: as in `dilated_attention`, but for the oracle.
 
     Returns:
         out (B, H, T, D) and lse (B, H, T) of the slice, as `dilated_attention`'s.
@@ -155,7 +157,8 @@ def attend_slice(
         ValueError: a slice of another length than `slices` tells.
     """
     out, lse, _ = _op(
-        q, k, v, sinks, slices.bounds, slices.edges, slices.rank, slices.group, *pattern.arguments, is_causal, scale
+        q, k, v, sinks, slices.bounds, slices.edges, slices.rank, slices.group, *pattern.arguments, is_causal, scale,
+        backend,
     )  # fmt: skip
     return out, lse
 
@@ -195,7 +198,7 @@ def _wait(rows: Tensor) -> Tensor:
 
 
 def _lay_out(q: Tensor, k: Tensor, bounds: Tensor, edges: Tensor, rank: int, *settings: Any) -> SliceLayout:
-    *arguments, is_causal, _scale = settings
+    *arguments, is_causal, _scale, _backend = settings
     all_edges = tuple(edges.tolist())
     if all_edges[rank + 1] - all_edges[rank] != q.shape[2]:
         raise ValueError(
@@ -214,7 +217,9 @@ def _lay_out(q: Tensor, k: Tensor, bounds: Tensor, edges: Tensor, rank: int, *se
     )
 
 
-_SETTINGS = f"Tensor bounds, Tensor edges, SymInt rank, str group, {PATTERN_SCHEMA}, bool is_causal, float scale"
+_SETTINGS = (
+    f"Tensor bounds, Tensor edges, SymInt rank, str group, {PATTERN_SCHEMA}, bool is_causal, float scale, str backend"
+)
 
 
 @torch.library.custom_op(
@@ -234,17 +239,16 @@ def _op(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, lse and the halo of keys and values, (2, B, G, rows, D), which the backward pass reads again."""
-    layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
-    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    layout, scale, backend = _lay_out(q, k, bounds, edges, rank, *settings), *settings[-2:]
     received = k.new_empty(0, 2, k.shape[3])
     if layout.is_exchanging:
         received = _exchange(take_rows((k, v), layout.sent), layout.sent_counts, layout.received_counts, group)
     q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = attend_own(kernels, layout.tiles, q, k, v, scale=scale)
+    out, lse = attend_own(backend, layout.tiles, q, k, v, scale=scale)
     if layout.is_exchanging:
         received = _wait(received)
     halo = make_halo(received, layout, k.shape[0], k.shape[1])
-    out, lse = attend_halo(kernels, layout.tiles, q, halo, out, lse, scale=scale)
+    out, lse = attend_halo(backend, layout.tiles, q, halo, out, lse, scale=scale)
     if sinks is not None:
         merge_sinks_(out, lse, sinks)
     return out.to(q.dtype), lse, halo
@@ -270,16 +274,15 @@ def _op_backward(
     group: str,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, scale = _lay_out(q, k, bounds, edges, rank, *settings), settings[-1]
-    kernels = dispatch.choose("auto", q.device, q.dtype, q.shape[3])
+    layout, scale, backend = _lay_out(q, k, bounds, edges, rank, *settings), *settings[-2:]
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
     # The halo first: its gradients travel while the rest is computed.
-    dq_halo, dhalo = differentiate_halo(kernels, layout.tiles, dout, q, halo, out, lse, scale=scale)
+    dq_halo, dhalo = differentiate_halo(backend, layout.tiles, dout, q, halo, out, lse, scale=scale)
     coming = None
     if layout.is_exchanging:
         home = take_rows(dhalo, layout.received).to(k.dtype)
         coming = _exchange(home, layout.received_counts, layout.sent_counts, group)
-    dq, dk, dv = differentiate_own(kernels, layout.tiles, dout, q, k, v, out, lse, dq_halo, scale=scale)
+    dq, dk, dv = differentiate_own(backend, layout.tiles, dout, q, k, v, out, lse, dq_halo, scale=scale)
     if coming is not None:
         take_home(_wait(coming), layout.sent, (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

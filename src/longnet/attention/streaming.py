@@ -15,7 +15,8 @@ from torch import Tensor
 
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.sdpa import Kernel
-from longnet.attention.halo import attend_halo, attend_own, lay_out
+from longnet.attention.backends.triton import launch
+from longnet.attention.halo import attend_both, lay_out
 from longnet.attention.merge import merge_, merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.plan import Run, kept_tiles
@@ -51,6 +52,7 @@ class StreamState:
         device: of keys and values.
         start: position of the first token, as if so many tokens had passed unseen.
         max_tokens: room for sequences up to this length, which grows when one is longer; None for any length.
+        backend: as in `dilated_attention`, but for the oracle.
 
     Attributes:
         keys: (B, G, rows, D).
@@ -71,8 +73,9 @@ class StreamState:
         device: torch.device,
         start: int = 0,
         max_tokens: int | None = None,
+        backend: dispatch.Backend = "auto",
     ) -> None:
-        self.pattern, self.start = pattern, start
+        self.pattern, self.start, self.backend = pattern, start, backend
         self.max_tokens = max(pattern.segment_lengths) if max_tokens is None else max_tokens
         self._edges = self._edges_of(self.max_tokens)
         self._grids = [pattern.offset_grids(rate, num_kv_heads) for rate in pattern.dilation_rates]
@@ -81,6 +84,8 @@ class StreamState:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.is_recording = False
+        self._launched: tuple[Any, launch.Step] | None = None
+        self._on_device: tuple[Any, ...] = ()  # next and first as the device has them
         self.restart()
 
     def restart(self) -> None:
@@ -135,12 +140,15 @@ class StreamState:
         self._check(q, k, v)
         head_dim, tokens = q.shape[3], q.shape[2]
         scale = head_dim**-0.5 if scale is None else float(scale)
-        kernels = dispatch.choose("auto", q.device, q.dtype, head_dim)
+        is_fused = dispatch.is_fused(self.backend, q.device, q.dtype, head_dim)
         q, k, v = (rows_dense(x) for x in (q, k, v))
         runs = self._runs(tokens, bounds)
         self._reserve(max((run.stop - run.start for run in runs), default=0))
         self._begin(k, v, runs)
+        if tokens == 1 and is_fused:
+            return self._step(q, k, v, sinks, runs, scale)
         if tokens == 1:
+            kernels = dispatch.choose(self.backend, q.device, q.dtype, head_dim)
             out, lse = empty_like(q), empty_lse(q)
             is_written = self.pattern.branches[0][1] == 1 and sum(run.rows for run in runs) == q.shape[0]
             if not is_written:
@@ -153,13 +161,63 @@ class StreamState:
                 self.pattern, runs=runs, tokens=tokens, batch_size=q.shape[0], num_heads=q.shape[1],
                 num_kv_heads=k.shape[1], is_causal=True, earlier=tuple(self._edges),
             )  # fmt: skip
-            out, lse = attend_own(kernels, layout, q, k, v, scale=scale)
-            out, lse = attend_halo(kernels, layout, q, (self.keys, self.values), out, lse, scale=scale)
+            out, lse = attend_both(self.backend, layout, q, k, v, (self.keys, self.values), scale=scale)
             self._keep(k, v, runs)
         self._advance(tokens, runs)
         if sinks is not None:
             merge_sinks_(out, lse, sinks)
         return out.to(q.dtype)
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, runs: tuple[Run, ...], scale: float
+    ) -> Tensor:
+        """Attend with one token a batch row in one launch, which reads positions on the device and moves them on."""
+        shape, stands = (q.shape[1], *self.keys.shape, self.keys.device), (self.next, self.first)
+        if self._launched is None or self._launched[0] != shape:
+            self._launched = shape, launch.step_of(q, self.keys)
+            self._on_device = ()
+        step = self._launched[1]
+        if self._on_device != stands:
+            step.positions.copy_(torch.tensor(stands, dtype=torch.int64))
+        for run in runs if self.is_recording else ():
+            for branch, (length, rate) in enumerate(self.pattern.branches):
+                place = (run.stop - run.start - 1) % length // rate
+                self._save(branch, place, place + 1)
+        rows = {row for run in runs for row in range(run.row, run.row + run.rows)}
+        out = launch.decode(
+            q, k, v, self.keys, self.values, sinks, self.pattern, tuple(self._edges), step,
+            tuple(row in rows for row in range(len(self.next))), scale=scale,
+        )  # fmt: skip
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # which computes nothing yet
+            self._advance(1, runs)
+        self._on_device = list(self.next), list(self.first)
+        return out
+
+    def replayed(self, steps: int) -> None:
+        """Take note of steps of one token a batch row that a CUDA graph of a step has run, unseen by Python.
+
+        What a capture records has not run, and does not count. A graph is good for as long as the keys lie where they
+        are, which `select` ends; after `restart` and `crop` an eager step must come first, which tells the device.
+
+        Args:
+            steps: how often it was replayed.
+
+        Raises:
+            ValueError: no step was launched by `backend="triton"` before, or steps were replayed while each step was to
+                be recorded, or beyond the room that `max_tokens` makes, where rows are dropped.
+        """
+        if self._launched is None or self.is_recording:
+            raise ValueError(
+                'a graph replays steps of backend="triton" that are not recorded: capture one, then replay it'
+            )
+        longest = max(self.next) + steps
+        if longest > self.max_tokens and self._edges_of(longest) != self._edges:
+            raise ValueError(
+                f"{longest} tokens need more rows than max_tokens={self.max_tokens} makes room for, and a graph cannot "
+                "make more: give max_tokens at the start"
+            )
+        self.next = [position + steps for position in self.next]
+        self._on_device = list(self.next), list(self.first)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         batch_size, num_kv_heads, _, head_dim = self.keys.shape

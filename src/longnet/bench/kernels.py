@@ -19,17 +19,15 @@ Row = dict[str, Any]
 
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
-KERNELS = ("attend", "backward_queries", "backward_keys")
+KERNELS = (
+    "attend", "attend, halo", "backward_queries", "backward_queries, halo", "backward_keys", "backward_halo", "decode"
+)  # fmt: skip
+QUICK = tuple((90, kernel, torch.bfloat16, 64) for kernel in KERNELS)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-_FLOAT32 = {"ACC", "LSE", "DELTA"}  # pointers to what is not of the tensors' dtype
-_INT32 = {"BRANCHES", "OFFSETS", "WORK"}
-
-
-def compile_all() -> Iterator[Row]:
-    """Yield a row for each of `cases`, causal, as `launch` would launch it."""
-    for case in cases():
-        yield compile_one(*case)
+_FLOAT32 = {"ACC", "LSE", "DELTA", "PART", "PART_LSE"}  # pointers to what is not of the tensors' dtype
+_INT32 = {"BRANCHES", "OFFSETS", "PLACES", "EDGES", "WORK", "ACTIVE", "COUNTS"}
+_INT64 = {"NEXT", "FIRST"}
 
 
 def cases() -> Iterator[tuple[int, str, torch.dtype, int]]:
@@ -41,16 +39,22 @@ def cases() -> Iterator[tuple[int, str, torch.dtype, int]]:
 
 def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int) -> launch.Blocks:
     """Return how a kernel is cut where it is launched."""
-    chosen = {
-        "attend": launch.forward_blocks,
-        "backward_queries": launch.query_blocks,
-        "backward_keys": launch.key_blocks_of,
-    }[kernel]
-    return chosen(dtype, head_dim)
+    name, _, has_halo = kernel.partition(", ")
+    if name == "attend":
+        return launch.forward_blocks(dtype, head_dim, has_halo=bool(has_halo))
+    if name == "backward_queries":
+        return launch.query_blocks(dtype, head_dim, has_halo=bool(has_halo))
+    return (launch.decode_blocks if name == "decode" else launch.key_blocks_of)(dtype, head_dim)
 
 
 def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: int) -> Row:
-    """Compile one kernel for one architecture, 80, 90 or 100, and read what ptxas and the code say.
+    """Compile one kernel, causal, as `launch` would launch it, and read what ptxas and the code say.
+
+    Args:
+        architecture: 80, 90 or 100.
+        kernel: of `KERNELS`.
+        dtype: of the tensors.
+        head_dim: D.
 
     Raises:
         RuntimeError: ptxas failed; the message is its own.
@@ -59,13 +63,15 @@ def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: in
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from longnet.attention.backends.triton import backward, forward
+    from longnet.attention.backends.triton import backward, decode, forward, tables
 
-    function = getattr(forward if kernel == "attend" else backward, kernel)
+    name, _, has_halo = kernel.partition(", ")
+    function = getattr({"attend": forward, "decode": decode}.get(name, backward), name)
+    sources = tables.EVERYWHERE if has_halo else tables.AT_HAND
     blocks = blocks_of(kernel, dtype, head_dim)
     constants = {
-        "CAUSAL": True, "HAS_SINKS": False, "ROWS": blocks.rows, "KEYS": blocks.keys,
-        "D": head_dim, "DP": launch.padded(head_dim), "UPCAST": False,
+        "CAUSAL": True, "HAS_SINKS": False, "FROM": sources.start, "TO": sources.stop, "STEP": sources.step,
+        "ROWS": blocks.rows, "KEYS": blocks.keys, "D": head_dim, "DP": launch.padded(head_dim), "UPCAST": False,
     }  # fmt: skip
     names = function.arg_names
     signature = {name: _type_of(name, DTYPES[dtype], constants) for name in names}
@@ -117,6 +123,8 @@ def _type_of(name: str, dtype: str, constants: Row) -> str:
         return "constexpr"
     if name in _INT32:
         return "*i32"
+    if name in _INT64:
+        return "*i64"
     if name in _FLOAT32:
         return "*fp32"
     if (name.isupper() and len(name) > 1 and name != "TQ") or name in ("Q", "K", "V"):

@@ -214,12 +214,14 @@ def bench_distributed(
 @app.command(name="kernels")
 def bench_kernels(
     *,
+    quick: bool = False,
     output: Annotated[Path | None, cyclopts.Parameter(("--output", "-o"))] = None,
 ) -> None:
     """Compile the fused kernels for sm_80, sm_90a and sm_100a, which needs no GPU: registers, spills, shared memory.
 
     Args:
-        output: Folder for triton_kernels.jsonl, which is written anew; benchmarks/results unless given.
+        quick: Compile one head dim in bfloat16 for sm_90a alone.
+        output: Folder for triton_kernels.jsonl, which is written anew; benchmarks/results, or runs/bench if quick.
     """
     import torch
     from rich import box
@@ -231,10 +233,10 @@ def bench_kernels(
 
     if not launch.is_installed():
         raise ValueError("compiling the fused kernels needs Triton: pip install 'longnet-torch[triton]'")
-    file = _folder(output, quick=False) / "triton_kernels.jsonl"
+    file = _folder(output, quick=quick) / "triton_kernels.jsonl"
     names = ("kernel", "architecture", "dtype", "head_dim", "registers", "spilled_bytes", "shared_bytes")
     table = Table(*names, "rows × keys", title="compiled, not run", box=box.SIMPLE)
-    rows = list(kernels.compile_all())
+    rows = [kernels.compile_one(*case) for case in (kernels.QUICK if quick else kernels.cases())]
     for row in rows:
         table.add_row(*(str(row[name]) for name in names), f"{row['rows']} × {row['keys']}")
     Console().print(table)

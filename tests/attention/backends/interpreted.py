@@ -7,12 +7,16 @@ them, or two threads of one, does not show here.
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cases import Case, cases
+from cases import Case, cases, patterns
 from longnet import DilationPattern, dilated_attention
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
-from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as_plain, rounding_floor
+from longnet.attention.chunks import Tape
+from longnet.attention.streaming import StreamState
+from stretches import cut_sequences, learn, sequences, simulate, texts
+from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, SAME_FLOAT32, assert_as_good_as_plain, rounding_floor
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
@@ -43,12 +47,125 @@ def test_any_call_in_16_bits(case, dtype):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_segments_of_many_blocks(is_causal, queries, monkeypatch):
     """Several blocks of rows and of keys a segment, whole and ragged ones, and several programs' blocks a segment."""
-    monkeypatch.setattr(launch, "forward_blocks", lambda *_: launch.Blocks(16, 16, 4, 1))
-    monkeypatch.setattr(launch, "query_blocks", lambda *_: launch.Blocks(16, 16, 4, 1))
-    monkeypatch.setattr(launch, "key_blocks_of", lambda *_: launch.Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "forward_blocks", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "query_blocks", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "key_blocks_of", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
     pattern = DilationPattern((40, 70), (1, 3), queries=queries)
     q, k, v = (torch.randn(1, heads, 90, 16, dtype=torch.float64) for heads in (2, 1, 1))
     check(Case(q, k, v, pattern, is_causal), torch.float32)
+
+
+@settings(max_examples=3)
+@given(
+    cut_sequences(max_tokens=24, ranks=(2, 3)),
+    patterns(min_length=5),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_slices_of_ranks(sequence, pattern, kv_heads, group, is_causal, seed):
+    tokens, batch, edges, bounds = sequence
+    torch.manual_seed(seed)
+    q, dout = torch.randn(2, batch, kv_heads * group, tokens, 16)
+    k, v = torch.randn(2, batch, kv_heads, tokens, 16)
+    given_ = q, k, v, dout, pattern, edges
+    (found, _), (expected, _) = (
+        simulate(*given_, bounds=bounds, is_causal=is_causal, scale=0.25, backend=backend)
+        for backend in ("triton", "auto")
+    )
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=SAME_FLOAT32, atol=SAME_FLOAT32, msg=name)
+
+
+@settings(max_examples=2)
+@given(sequences(max_tokens=24), patterns(min_length=5), st.integers(1, 2), st.integers(0, 2**31))
+def test_chunks(sequence, pattern, group, seed):
+    tokens, batch, bounds, chunk_tokens = sequence
+    torch.manual_seed(seed)
+    q, dout = torch.randn(2, batch, 2 * group, tokens, 16)
+    k, v = torch.randn(2, batch, 2, tokens, 16)
+    tape = {"tokens": tokens, "chunk_tokens": max(7, chunk_tokens), "bounds": bounds}
+    (found,), (expected,) = (
+        learn([(q, k, v, dout, torch.ones(2 * group))], Tape([pattern], **tape, backend=backend))
+        for backend in ("triton", "auto")
+    )
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * SAME_FLOAT32, atol=2 * SAME_FLOAT32, msg=name)
+
+
+@settings(max_examples=3)
+@given(texts(max_tokens=20, head_dims=(16,), starts=st.sampled_from([0, 7, 100])))
+def test_streams(text):
+    text.backend = "triton"
+    out, state = text.run(torch.float32)
+    torch.testing.assert_close(out, text.oracle().float(), rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
+    assert state.next == [text.start + text.q.shape[2] - begin for begin in text.begins]
+
+
+def test_a_step_is_one_launch_that_can_be_replayed(monkeypatch):
+    """A graph's replay is the same launch once more, with the same memory: positions move on by themselves."""
+    pattern, tokens = DilationPattern((5, 18), (1, 3), queries="all"), 24
+    q, k, v = (torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2))
+    sinks = torch.tensor([0.5, -torch.inf, 1.0, 0.0])
+    states = [
+        StreamState(
+            pattern, batch_size=1, num_kv_heads=2, head_dim=16, dtype=torch.float32, device=q.device, start=2**40,
+            backend=backend,
+        )
+        for backend in ("auto", "triton")
+    ]  # fmt: skip
+    monkeypatch.setattr(launch, "_ROWS_A_SPLIT", 6)  # several programs to a head
+    launched, launch_once = [], launch._launch
+    monkeypatch.setattr(
+        launch,
+        "_launch",
+        lambda kernel, *rest, **more: launched.append((kernel, rest, more)) or launch_once(kernel, *rest, **more),
+    )
+    room = [torch.empty_like(x[:, :, :1]) for x in (q, k, v)]
+    for index in range(tokens):
+        token = [x[:, :, index : index + 1] for x in (q, k, v)]
+        for x, new in zip(room, token, strict=True):
+            x.copy_(new)
+        want = states[0].attend(*token, scale=None, sinks=sinks)
+        if index < 8:
+            got = states[1].attend(*room, scale=None, sinks=sinks)
+            assert len(launched) == index + 1
+        else:
+            kernel, rest, more = launched[-1]
+            got.fill_(torch.nan)
+            launch_once(kernel, *rest, **more)
+        torch.testing.assert_close(got, want, rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
+    assert len(launched) == 8
+    states[1].replayed(tokens - 8)
+    assert states[1].next == states[0].next
+    assert torch.equal(states[1].keys, states[0].keys)
+    token = [x[:, :, :1] for x in (q, k, v)]
+    torch.testing.assert_close(*(state.attend(*token, scale=None) for state in states), rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_graph_cannot_replay_is_said():
+    state = StreamState(
+        DilationPattern((32,), (1,)), batch_size=1, num_kv_heads=1, head_dim=16, dtype=torch.float32,
+        device=torch.device("cpu"), max_tokens=8, backend="triton",
+    )  # fmt: skip
+    token = torch.zeros(1, 1, 1, 16)
+    with pytest.raises(ValueError, match="capture one, then replay it"):
+        state.replayed(1)
+    state.attend(token, token, token, scale=None)
+    state.replayed(7)
+    with pytest.raises(ValueError, match="9 tokens need more rows than max_tokens=8"):
+        state.replayed(1)
+
+
+def test_positions_beyond_32_bits_are_refused_where_several_tokens_come():
+    state = StreamState(
+        DilationPattern((32,), (1,)), batch_size=1, num_kv_heads=1, head_dim=16, dtype=torch.float32,
+        device=torch.device("cpu"), start=2**40, backend="triton",
+    )  # fmt: skip
+    tokens = torch.zeros(1, 1, 2, 16)
+    with pytest.raises(ValueError, match="1,099,511,627,776, beyond 2"):
+        state.attend(tokens, tokens, tokens, scale=None)
 
 
 def test_merging_in_one_launch():

@@ -12,6 +12,7 @@ from cases import cases
 from longnet import DilationPattern, dilated_attention
 from longnet.attention import dilated, registration, sparse_fixed
 from longnet.attention.backends import cuda, dispatch
+from longnet.attention.backends.triton import launch
 from longnet.attention.tiles import is_aligned, rows_dense
 from tolerances import FLOAT64
 
@@ -270,6 +271,32 @@ def test_launches_of_the_papers_pattern_at_32k(monkeypatch):
         backward(out, q, k, v, out, lse, None, *arguments)
     assert there.counts.total() <= 60, there.counts
     assert back.counts.total() <= 120, back.counts
+
+
+def test_launches_of_packed_documents(monkeypatch):
+    """A tile is of one length: 32 documents of their own lengths are 20 times the launches; fused, they are one."""
+    use(monkeypatch, cuda.FlashCUDA())
+    monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
+    edges = torch.arange(33) * 1024 + torch.arange(33) * (torch.arange(33) - 32)
+    bounds = dilated.document_bounds(edges, 32768)
+    assert len(set(edges.diff().tolist())) == 32
+    q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
+    arguments = (*DilationPattern.paper().arguments, True, 0.1)
+    forward, backward = registration.implement(dilated._lay_out, dilated._as_one)
+    with Launches() as there:
+        out, lse = forward(q, k, v, bounds, None, *arguments, "auto")
+    with Launches() as back:
+        backward(out, q, k, v, out, lse, bounds, *arguments, "auto")
+    assert there.counts.total() <= 740, there.counts
+    assert back.counts.total() <= 1770, back.counts
+
+    pytest.importorskip("triton", reason="needs Triton: pip install 'longnet-torch[triton]'")
+    launched = []
+    monkeypatch.setattr(launch, "refusal", lambda *_: None)
+    monkeypatch.setattr(launch, "_launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    out, lse = forward(q, k, v, bounds, None, *arguments, "triton")
+    backward(out, q, k, v, out, lse, bounds, *arguments, "triton")
+    assert launched == ["attend", "backward_queries", "backward_keys"]
 
 
 def test_sparse_fixed_waits_for_nothing(monkeypatch):

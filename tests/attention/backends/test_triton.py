@@ -60,6 +60,8 @@ def compiled(row):
         (90, "backward_keys", torch.bfloat16, 128),
         (80, "attend", torch.bfloat16, 64),
         (100, "attend", torch.float16, 64),
+        (90, "attend, halo", torch.bfloat16, 128),
+        (90, "decode", torch.bfloat16, 128),
     ],
 )
 def test_compiled_without_a_gpu(architecture, kernel, dtype, head_dim, tmp_path, monkeypatch):

@@ -1,23 +1,35 @@
-"""Launching the fused kernels: what they cannot run on, their tables on the device, and the sizes of their blocks."""
+"""Launching the fused kernels: what they cannot run on, and the sizes of their blocks."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.triton.tables import (
+    AT_HAND,
+    active_on,
+    edges_on,
+    halo_work_of,
+    places_of,
+    spans_of,
+    tables_of,
+    work_of,
+)
 from longnet.attention.pattern import DilationPattern
-from longnet.attention.plan import Run, Whole
+from longnet.attention.plan import Whole
 
 NAME = "triton"
+Pair = tuple[Tensor, Tensor]  # of keys and values
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
+_ROWS_A_SPLIT = 256  # of a state, for a program to be worth its start
 _MIN_PROGRAMS = 1024  # some for each of the 132 multiprocessors of an H100
 
 
@@ -56,7 +68,17 @@ def is_interpreted() -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, whole: Whole, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    whole: Whole,
+    *,
+    scale: float,
+    halo: Pair | None = None,
+    sources: range = AT_HAND,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute dilated attention in one launch.
 
@@ -67,34 +89,43 @@ def attend(
         sinks: (H,) or (B, H, Tq), logits of one more key of value 0, or None.
         whole: what attends to what.
         scale: factor on q·k.
+        halo: keys and values (B, G, rows, D) of runs that reach beyond those at hand, last stride 1.
+        sources: which keys: those at hand, the halo's, or both.
+        out: where to write the output, in any float dtype, last stride 1; like q when None.
+        lse: (B, H, Tq), contiguous, of what `out` has seen so far, and both are gone on with, in place; None for none.
 
     Returns:
-        out (B, H, Tq, D) like q and lse (B, H, Tq), float32, contiguous; 0 and −inf, or the sink's logit, for padding.
+        out (B, H, Tq, D) and lse (B, H, Tq), float32, contiguous; 0 and −inf, or the sink's logit, for padding.
     """
     from longnet.attention.backends.triton import forward  # which decides, once, whether it is interpreted
 
     batch_size, num_heads, tokens, head_dim = q.shape
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if not whole.is_complete:
-        out.zero_()
-        lse.copy_(_per_query(sinks, q)) if sinks is not None else lse.fill_(-torch.inf)
-    blocks = forward_blocks(q.dtype, head_dim)
-    tables = _tables(whole.pattern, k.shape[1], q.device)
+    is_more = lse is not None
+    if out is None:
+        out = torch.empty_like(q)
+    if lse is None:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        if not whole.is_complete:
+            out.zero_()
+            lse.copy_(_per_query(sinks, q)) if sinks is not None else lse.fill_(-torch.inf)
+    blocks = forward_blocks(q.dtype, head_dim, has_halo=sources != AT_HAND)
+    tables = tables_of(whole.pattern, k.shape[1], q.device)
     length = block_length(tables.most, blocks.rows, tokens * batch_size * num_heads)
-    work = _work(whole.runs, length, k.shape[2] - tokens, q.device)
+    work = work_of(spans_of(whole, sources, k.shape[2] - tokens), length, q.device)
     if not work.shape[0]:
         return out, lse
     acc = torch.empty(*q.shape, dtype=torch.float32, device=q.device)
     logits = lse if sinks is None else _per_query(sinks, q)
+    halo_k, halo_v = halo or (k, v)
     _launch(
         forward.attend, (work.shape[0], num_heads),
-        q, k, v, logits, out, acc, lse, tables.branches, tables.offsets, work,
-        len(whole.pattern.branches), tables.covering, num_heads, k.shape[1], tokens, k.shape[2] - tokens, length,
-        scale * _LOG2_E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *logits.stride(),
-        CAUSAL=whole.is_causal, HAS_SINKS=sinks is not None, ROWS=blocks.rows, KEYS=blocks.keys,
-        D=head_dim, DP=padded(head_dim), UPCAST=is_interpreted(),
+        q, k, v, halo_k, halo_v, logits, out, acc, lse, tables.branches, tables.offsets,
+        places_of(whole, q.device), work, len(whole.pattern.branches), tables.covering, num_heads, k.shape[1],
+        tokens, k.shape[2] - tokens, length,
+        int(is_more), scale * _LOG2_E,
+        *_strides(q, k, v, halo_k, halo_v, out), *logits.stride(),
+        CAUSAL=whole.is_causal, HAS_SINKS=sinks is not None, FROM=sources.start, TO=sources.stop, STEP=sources.step,
+        ROWS=blocks.rows, KEYS=blocks.keys, D=head_dim, DP=padded(head_dim), UPCAST=is_interpreted(),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out, lse
@@ -103,7 +134,7 @@ def attend(
 def attend_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, whole: Whole, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv in two launches; the same bits at every run.
+    """Return dq, dk, dv of a call without a halo, in two launches; the same bits at every run.
 
     Args:
         dout: (B, H, Tq, D), last stride 1, like all tensors.
@@ -115,46 +146,188 @@ def attend_backward(
         whole: as in `attend`.
         scale: factor on q·k.
     """
-    from longnet.attention.backends.triton import backward
-
-    num_heads, tokens, head_dim = q.shape[1:]
-    num_kv_heads, all_tokens = k.shape[1:3]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if not (whole.is_complete and tokens == all_tokens):
-        for grad in (dq, dk, dv):
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if not (whole.is_complete and q.shape[2] == k.shape[2]):
+        for grad in grads:
             grad.zero_()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    blocks, key_blocks = query_blocks(q.dtype, head_dim), key_blocks_of(q.dtype, head_dim)
-    tables = _tables(whole.pattern, num_kv_heads, q.device)
-    count, skipped = len(whole.pattern.branches), all_tokens - tokens
-    constants: dict[str, Any] = {
-        "CAUSAL": whole.is_causal, "D": head_dim, "DP": padded(head_dim), "UPCAST": is_interpreted(),
-    }  # fmt: skip
+    differentiate_queries(dout, q, (k, v), None, out, lse, delta, whole, grads[0], scale=scale)
+    differentiate_keys(dout, q, (k, v), lse, delta, whole, grads[1:], scale=scale)
+    return grads
+
+
+def differentiate_queries(
+    dout: Tensor,
+    q: Tensor,
+    kv: Pair,
+    halo: Pair | None,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    whole: Whole,
+    dq: Tensor,
+    *,
+    scale: float,
+    sources: range = AT_HAND,
+) -> None:
+    """Write dq, what keys of some sources give to it, and rowsum(dout · out) into `delta`, both like lse contiguous.
+
+    Queries that see nothing of the sources are left as they are. Arguments are those of `attend_backward`, and
+    `attend`'s `halo` and `sources`; lse and delta are contiguous, dq has any float dtype.
+    """
+    from longnet.attention.backends.triton import backward
+
+    num_heads, tokens, head_dim = q.shape[1:]
+    k, v = kv
+    num_kv_heads, skipped = k.shape[1], k.shape[2] - tokens
+    blocks = query_blocks(q.dtype, head_dim, has_halo=sources != AT_HAND)
+    tables = tables_of(whole.pattern, num_kv_heads, q.device)
     length = block_length(tables.most, blocks.rows, lse.numel())
-    work = _work(whole.runs, length, skipped, q.device)
+    work = work_of(spans_of(whole, sources, skipped), length, q.device)
     if not work.shape[0]:
-        return dq, dk, dv
+        return
     acc = torch.empty(*q.shape, dtype=torch.float32, device=q.device)
+    halo_k, halo_v = halo or kv
     _launch(
         backward.backward_queries, (work.shape[0], num_heads),
-        dout, q, k, v, out, lse, delta, dq, acc, tables.branches, tables.offsets, work,
-        count, tables.covering, num_heads, num_kv_heads, tokens, skipped, length, scale, scale * _LOG2_E,
-        *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dq.stride()[:3],
-        **constants, ROWS=blocks.rows, KEYS=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+        dout, q, k, v, halo_k, halo_v, out, lse, delta, dq, acc,
+        tables.branches, tables.offsets, places_of(whole, q.device), work,
+        len(whole.pattern.branches), tables.covering, num_heads, num_kv_heads, tokens, skipped, length,
+        scale, scale * _LOG2_E,
+        *_strides(dout, q, k, v, halo_k, halo_v, out, dq),
+        CAUSAL=whole.is_causal, FROM=sources.start, TO=sources.stop, STEP=sources.step,
+        ROWS=blocks.rows, KEYS=blocks.keys, D=head_dim, DP=padded(head_dim), UPCAST=is_interpreted(),
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    length = block_length(tables.most, key_blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
-    work = _work(whole.runs, length, 0, q.device)
+
+
+def differentiate_keys(
+    dout: Tensor, q: Tensor, kv: Pair, lse: Tensor, delta: Tensor, whole: Whole, grads: Pair, *, scale: float
+) -> None:
+    """Write dk and dv of the keys at hand; those in no run are left. As `differentiate_queries`, after it."""
+    from longnet.attention.backends.triton import backward
+
+    num_heads, tokens, head_dim = q.shape[1:]
+    (k, v), (dk, dv) = kv, grads
+    num_kv_heads, all_tokens = k.shape[1:3]
+    blocks = key_blocks_of(q.dtype, head_dim)
+    tables = tables_of(whole.pattern, num_kv_heads, q.device)
+    length = block_length(tables.most, blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
+    work = work_of(spans_of(whole, AT_HAND, 0), length, q.device)
+    if not work.shape[0]:
+        return
     sums = torch.empty(2, *k.shape, dtype=torch.float32, device=q.device)
     _launch(
         backward.backward_keys, (work.shape[0], num_kv_heads),
         dout, q, k, v, lse, delta, dk, dv, sums, tables.branches, tables.offsets, work,
-        count, num_heads, num_kv_heads, all_tokens, tokens, skipped, length, k.numel(), scale, scale * _LOG2_E,
-        *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        **constants, ROWS=key_blocks.rows, KEYS=key_blocks.keys,
-        num_warps=key_blocks.warps, num_stages=key_blocks.stages,
+        len(whole.pattern.branches), num_heads, num_kv_heads, all_tokens, tokens, all_tokens - tokens, length,
+        k.numel(), scale, scale * _LOG2_E, *_strides(dout, q, k, v, dk, dv),
+        CAUSAL=whole.is_causal, ROWS=blocks.rows, KEYS=blocks.keys, D=head_dim, DP=padded(head_dim),
+        UPCAST=is_interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return dq, dk, dv
+
+
+def differentiate_halo(
+    dout: Tensor, q: Tensor, halo: Pair, lse: Tensor, delta: Tensor, whole: Whole, grads: Pair, *, scale: float
+) -> None:
+    """Write dk and dv of the halo's rows; those that no query sees are left as they are. As `differentiate_keys`."""
+    from longnet.attention.backends.triton import backward
+
+    head_dim, num_kv_heads = q.shape[3], halo[0].shape[1]
+    blocks = key_blocks_of(q.dtype, head_dim)
+    tables = tables_of(whole.pattern, num_kv_heads, q.device)
+    work = halo_work_of(whole, blocks.keys, q.device)
+    if not work.shape[0]:
+        return
+    _launch(
+        backward.backward_halo, (work.shape[0], num_kv_heads),
+        dout, q, *halo, lse, delta, *grads, tables.branches, tables.offsets, places_of(whole, q.device), work,
+        q.shape[1], num_kv_heads, q.shape[2], scale, scale * _LOG2_E, *_strides(dout, q, *halo, *grads),
+        ROWS=blocks.rows, KEYS=blocks.keys, D=head_dim, DP=padded(head_dim),
+        UPCAST=is_interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+class Step(NamedTuple):
+    """What a state's next token needs on the device, beside the state: where its sequences stand, and scratch.
+
+    Attributes:
+        positions: (2, B) int64, of the next token, which a launch moves on by one, and of the first token.
+        part: (B, G, splits, H / G, D) float32.
+        part_lse: (B, G, splits, H / G) float32.
+        counts: (B · G + B,) int32, zeros.
+    """
+
+    positions: Tensor
+    part: Tensor
+    part_lse: Tensor
+    counts: Tensor
+
+
+def step_of(q: Tensor, keys: Tensor) -> Step:
+    """Return what `decode` needs for queries like q (B, H, 1, D) and a state (B, G, rows, D); positions are zeros."""
+    batch_size, num_heads, _, head_dim = q.shape
+    num_kv_heads, rows = keys.shape[1:3]
+    programs = batch_size * num_kv_heads
+    splits = max(1, min(_MIN_PROGRAMS // programs, -(-rows // _ROWS_A_SPLIT)))
+    part = torch.empty(batch_size, num_kv_heads, splits, num_heads // num_kv_heads, head_dim, device=q.device)
+    positions = torch.zeros(2, batch_size, dtype=torch.int64, device=q.device)
+    counts = torch.zeros(programs + batch_size, dtype=torch.int32, device=q.device)
+    return Step(positions, part, torch.empty_like(part[..., 0]), counts)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor | None,
+    pattern: DilationPattern,
+    edges: tuple[int, ...],
+    step: Step,
+    active: tuple[bool, ...],
+    *,
+    scale: float,
+) -> Tensor:
+    """Attend with one token of each sequence, and keep of it what later ones need, in one launch.
+
+    Args:
+        q: (B, H, 1, D), last stride 1.
+        k: (B, G, 1, D), likewise.
+        v: (B, G, 1, D), likewise.
+        keys: (B, G, rows, D), the state's, into which rows are written.
+        values: (B, G, rows, D), likewise.
+        sinks: (H,) or (B, H, 1), or None.
+        pattern: the branches.
+        edges: where each branch's rows begin in the state, and where the last one's end.
+        step: from `step_of`; its positions move on.
+        active: whether each batch row has a token.
+        scale: factor on q·k.
+
+    Returns:
+        out (B, H, 1, D) like q; 0 where a batch row has no token.
+    """
+    from longnet.attention.backends.triton import decode as kernels
+
+    batch_size, num_heads, _, head_dim = q.shape
+    num_kv_heads, splits = step.part.shape[1:3]
+    out = torch.empty_like(q)
+    tables = tables_of(pattern, num_kv_heads, q.device)
+    logits = q[..., 0] if sinks is None else _per_query(sinks, q)
+    blocks = decode_blocks(q.dtype, head_dim)
+    _launch(
+        kernels.decode, (splits, num_kv_heads, batch_size),
+        q, k, v, keys, values, logits, out, step.part, step.part_lse, step.counts, *step.positions,
+        active_on(active, q.device), tables.branches, tables.offsets, edges_on(pattern, edges, q.device),
+        len(pattern.branches), num_heads, num_kv_heads, batch_size, splits, scale * _LOG2_E,
+        *(step for x in (q, k, v) for step in x.stride()[:2]), *_strides(keys, values), *out.stride()[:2],
+        *logits.stride()[:2],
+        HAS_SINKS=sinks is not None, ROWS=max(blocks.rows, padded(num_heads // num_kv_heads)), KEYS=blocks.keys,
+        D=head_dim, DP=padded(head_dim), UPCAST=is_interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return out
 
 
 def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
@@ -182,21 +355,23 @@ def padded(head_dim: int) -> int:
     return int(2 ** math.ceil(math.log2(head_dim)))
 
 
-def forward_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+def forward_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False) -> Blocks:
     """Return how the forward kernel is cut; benchmarks/results/triton_kernels.jsonl says what that compiles to."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 2)
     if head_dim <= 64:
         return Blocks(64, 64, 4, 3)
+    if has_halo:
+        return Blocks(64, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 1)
     return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 2)
 
 
-def query_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+def query_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False) -> Blocks:
     """Return how the kernel of dq is cut."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 1)
     if head_dim <= 64:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 32 if has_halo else 64, 4, 2)
     return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 32, 8, 1)
 
 
@@ -211,50 +386,9 @@ def key_blocks_of(dtype: torch.dtype, head_dim: int) -> Blocks:
     return Blocks(32, 64, 8, 1) if head_dim <= 128 else Blocks(32, 32, 8, 1)
 
 
-class _Tables(NamedTuple):
-    """A pattern on the device: those of its branches that thin their queries first.
-
-    Attributes:
-        branches: (N, 3) int32, length, rate, distance of the queries.
-        offsets: (N, G) int32.
-        covering: the last branch if every query is in it, else −1.
-        most: the largest distance of queries or keys.
-    """
-
-    branches: Tensor
-    offsets: Tensor
-    covering: int
-    most: int
-
-
-@functools.lru_cache(maxsize=256)
-def _tables(pattern: DilationPattern, num_kv_heads: int, device: torch.device) -> _Tables:
-    branches = sorted(pattern.branches, key=lambda branch: -branch[1])
-    rows = [(length, rate, 1 if pattern.queries == "all" else rate) for length, rate in branches]
-    offsets = [[pattern.offset(rate, head, num_kv_heads) for head in range(num_kv_heads)] for _, rate in branches]
-    return _Tables(
-        torch.tensor(rows, dtype=torch.int32, device=device),
-        torch.tensor(offsets, dtype=torch.int32, device=device),
-        len(rows) - 1 if rows[-1][2] == 1 else -1,
-        branches[0][1],
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _work(runs: tuple[Run, ...], length: int, skipped: int, device: torch.device) -> Tensor:
-    """Return (blocks, 4) int32: batch row, document's start and stop, the block's first position; late ones first.
-
-    Documents travel to the device as they lie in memory, which waits for nothing.
-    """
-    blocks = [
-        (row, run.start, run.stop, first)
-        for run in runs
-        for row in range(run.row, run.row + run.rows)
-        for first in range(max(0, skipped - run.start) // length * length, run.stop - run.start, length)
-    ]
-    blocks.sort(key=lambda block: -block[3])  # with causality they are the longest
-    work = torch.tensor(blocks, dtype=torch.int32).view(-1, 4)
-    return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work.to(device)
+def decode_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+    """Return how the kernel of one token is cut; rows are the query heads of a key/value head, more where need be."""
+    return Blocks(16, 32 if dtype == torch.float32 or head_dim > 128 else 64, 4, 2)
 
 
 def block_length(most: int, rows: int, all_rows: int) -> int:
@@ -263,6 +397,10 @@ def block_length(most: int, rows: int, all_rows: int) -> int:
     while length < rows * most and all_rows // (2 * length) >= _MIN_PROGRAMS:
         length *= 2
     return length
+
+
+def _strides(*tensors: Tensor) -> Iterator[int]:
+    return (step for x in tensors for step in x.stride()[:3])
 
 
 def _per_query(sinks: Tensor, q: Tensor) -> Tensor:
