@@ -361,9 +361,9 @@ def forward_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False)
         return Blocks(32, 32, 4, 2)
     if head_dim <= 64:
         return Blocks(64, 64, 4, 3)
-    if has_halo:
-        return Blocks(64, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 1)
-    return Blocks(128, 64, 8, 2) if head_dim <= 128 else Blocks(64, 32, 8, 2)
+    if head_dim <= 128:
+        return Blocks(64 if has_halo else 128, 64, 8, 2)
+    return Blocks(64, 32, 8, 1)
 
 
 def query_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False) -> Blocks:
