@@ -14,7 +14,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from longnet import DilatedCache, DilationPattern, LongNetConfig, use_dilated_attention
+from longnet import DilatedCache, DilationPattern, LongNetConfig, LongNetModel, use_dilated_attention
 from longnet.attention import reference
 from longnet.model.patterns import pattern_of
 from longnet.model.versions import CACHE
@@ -102,6 +102,13 @@ def test_positions_that_no_head_keeps_are_told_with_the_mend():
         use_dilated_attention(model, DilationPattern((8, 32), (1, 7)), rotate_offsets=True)
     with pytest.warns(UserWarning, match="rotate_offsets=True, which shifts them with depth"):
         AutoModelForCausalLM.from_config(LongNetConfig.preset("tiny", dilation_rates=(1, 2, 4, 16)))
+
+
+def test_they_are_told_once_however_many_branches_lack_some(recwarn):
+    LongNetModel(LongNetConfig.preset("tiny", segment_lengths=(8, 16, 32, 64), dilation_rates=(1, 8, 16, 32)))
+    (told,) = [str(warning.message) for warning in recwarn if "no head keeps" in str(warning.message)]
+    assert "in the branch 16:8 of" in told
+    assert "(and 2 other branches lack some)" in told
 
 
 def test_no_warning_where_all_phases_are_seen(recwarn):

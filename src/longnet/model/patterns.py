@@ -66,9 +66,10 @@ def layer_of(module: nn.Module) -> int:
 
 
 def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
-    """Warn where a model with a pattern has positions that no head of any layer keeps, in some branch."""
+    """Warn once where a model with a pattern has positions that no head of any layer keeps, in some branches."""
     heads, layers = kv_heads_of(config), config.num_hidden_layers
     rotates = getattr(config, "rotate_offsets", None) or False
+    lacking = []
     for length, rate in pattern.branches:
         kept = {
             pattern.shifted(layer * heads).offset(rate, head, heads)
@@ -76,14 +77,17 @@ def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
             for head in range(heads)
         }
         if len(kept) < min(rate, length):
-            mend = (
-                f"or more than {layers} layers" if rotates else "or rotate_offsets=True, which shifts them with depth"
-            )
-            warnings.warn(
-                f"in the branch {length}:{rate} of {pattern} no head keeps {min(rate, length) - len(kept)} of each "
-                f"{rate} positions, with {heads} key/value heads: choose rates up to {heads}, {mend}",
-                stacklevel=3,
-            )
+            lacking.append((length, rate, min(rate, length) - len(kept)))
+    if not lacking:
+        return
+    length, rate, unseen = lacking[0]
+    others = f" (and {len(lacking) - 1} other branches lack some)" if len(lacking) > 1 else ""
+    mend = f"or more than {layers} layers" if rotates else "or rotate_offsets=True, which shifts them with depth"
+    warnings.warn(
+        f"in the branch {length}:{rate} of {pattern} no head keeps {unseen} of each {rate} positions{others}, with "
+        f"{heads} key/value heads: choose rates up to {heads}, {mend}",
+        stacklevel=3,
+    )
 
 
 def kv_heads_of(config: PreTrainedConfig) -> int:
