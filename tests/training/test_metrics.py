@@ -91,6 +91,17 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
     assert "longnet: warning: something" in shown
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_narrow_terminal_keeps_step_and_time_left(width, monkeypatch, capsys):
+    monkeypatch.setattr(module, "Console", functools.partial(Console, force_terminal=True, width=width))
+    with Screen(steps=100_000, step=2, wanted=True) as screen:
+        screen.show(12_345, describe(ROW, 3725))
+    lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line).strip("\r") for line in capsys.readouterr().out.splitlines()]
+    (last,) = [line for line in lines if "12345/100000" in line][-1:]
+    assert "1:02:05 left" in last
+    assert len(last) <= width
+
+
 def test_figures_that_there_are_not():
     assert "loss none" in describe({**ROW, "loss": None}, 1)
     assert "MFU n/a" in describe({**ROW, "mfu": None}, 1)
