@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import longnet  # noqa: F401  Auto classes know LongNet
 from longnet.data.shards import Split, TokenData
 from longnet.measurement import peak_bytes, provenance
-from longnet.training.chunked import ChunkedStep, chunk_costs
+from longnet.training.chunk_schedule import chunk_costs
+from longnet.training.chunked import ChunkedStep
 from longnet.training.optim import OptimConfig, gradient_norm, make_optimizer, update
 
 CONTEXT = 65536

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,9 @@ from longnet.attention import sequence_parallel
 from longnet.bench import distributed
 from longnet.measurement import peak_bytes
 from longnet.model.versions import checkpoint_layers
+from longnet.training.chunked import ChunkedStep
 from longnet.training.config import ParallelConfig
-from longnet.training.loop import accumulate_gradients
+from longnet.training.gradients import accumulate_gradients
 from longnet.training.parallel import Ranks, whole
 
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
@@ -194,6 +197,58 @@ def shared_out(rank, ranks):
         found, want = whole(parameter.grad), expected[name]
         errors[name] = ((found - want).abs().max() / want.abs().max()).item()
     return errors
+
+
+def chunked_shared_out(rank, ranks, folder):
+    """A step in chunks on ranks with FSDP2, saved, and resumed where a rank has one save less: errors, and where."""
+    config, cpu = ParallelConfig(dp=ranks), torch.device("cpu")
+    shared = Ranks(config=config, device=cpu, rank=rank, shards=init_device_mesh("cpu", (ranks,)))
+    generator = torch.Generator().manual_seed(5)
+    ids, targets = (torch.randint(0, 64, (2 * ranks, 101), generator=generator) for _ in "it")
+    torch.manual_seed(0)
+    net = LongNetForCausalLM(
+        LongNetConfig(
+            attn_implementation="dilated", vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, segment_lengths=[8, 32, 128], dilation_rates=[1, 2, 8],
+        )
+    ).double().train()  # fmt: skip
+    accumulate_gradients(net, ids, targets, parts=1, autocast=contextlib.nullcontext())
+    expected = {name: parameter.grad for name, parameter in net.named_parameters()}
+    net.zero_grad()
+    checkpoint_layers(net)
+    trained = shared.share_out(net, compiled=False)
+    mine = slice(2 * rank, 2 * rank + 2)
+    own = Path(folder) / f"step-{rank}"
+
+    def step():
+        return ChunkedStep(
+            trained, lambda start, stop: (ids[mine, start:stop], targets[mine, start:stop]), sequences=2, tokens=101,
+            chunk_tokens=16, items=targets.numel(), parts=2, folder=own, group=dist.group.WORLD,
+        )  # fmt: skip
+
+    with step() as first:  # 13 chunks of each part, the first 6 of them are read
+        for progress in first:
+            if first.done in (3, 16):
+                first.save()
+                (kept,) = own.glob("step-*.safetensors")
+                shutil.copy(kept, own.with_suffix(f".{first.done}"))
+            if first.done == 21:
+                found = [first.done, progress.is_learning]
+                first.save()
+                break
+    shutil.copy(own.with_suffix(".16"), own / "step-16.safetensors")
+    if rank:  # killed before it had saved
+        (own / "step-21.safetensors").unlink()
+    net.zero_grad()
+    with step() as second:
+        found.append(second.done)
+        for _ in second:
+            pass
+    errors = {}
+    for name, parameter in net.named_parameters():
+        got, want = whole(parameter.grad), expected[name]
+        errors[name] = ((got - want).abs().max() / want.abs().max()).item()
+    return found, errors
 
 
 def other_models(rank, ranks):

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from longnet import LongNetForCausalLM
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.training import beginning, loop
 from longnet.training import checkpoint as checkpoint_module
-from longnet.training import loop
 from longnet.training.checkpoint import lock_run, model_folder
-from longnet.training.loop import accumulate_gradients, train
+from longnet.training.gradients import accumulate_gradients
+from longnet.training.loop import train
 from longnet.training.optim import learning_rate
 from training.conftest import write_data
 from training.runs import checkpoints, lines, tensors
@@ -283,7 +284,7 @@ def test_another_recipe_cannot_resume(whole, make_recipe, replaced, named):
 
 def test_another_format_cannot_resume(whole, monkeypatch):
     recipe, run = whole
-    monkeypatch.setattr(loop, "FORMAT", 1)
+    monkeypatch.setattr(beginning, "FORMAT", 1)
     with pytest.raises(ValueError, match=r"step-00000012 has format 2, and this version of longnet continues format 1"):
         train(recipe, run, resume=True, progress=False)
 

@@ -1,7 +1,9 @@
 """`longnet train` across ranks: what one process computes, written once, and resumed by any number of them."""
 
 import functools
+import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.training import gradients
 from longnet.training.checkpoint import lock_run, model_folder
 from longnet.training.config import ParallelConfig
 from longnet.training.parallel import Ranks, _meet
@@ -85,6 +88,14 @@ def test_the_same_recipe_gives_the_same_losses(runs, mesh):
 
 def test_gradients_added_up_over_both_axes_are_those_of_one_device(tmp_path):
     for errors in run_ranks("parallel_checks:shared_out", 4, tmp_path):
+        assert len(errors) > 20
+        for name, error in errors.items():
+            assert error <= 1e-12, name
+
+
+def test_a_step_in_chunks_on_ranks_goes_on_from_a_save_that_all_have(tmp_path):
+    for found, errors in run_ranks("parallel_checks:chunked_shared_out", 2, tmp_path, str(tmp_path)):
+        assert found == [21, True, 16]
         assert len(errors) > 20
         for name, error in errors.items():
             assert error <= 1e-12, name
@@ -179,6 +190,40 @@ def test_compiled_layers_give_the_same_losses(context, recipe, runs, tmp_path, m
     assert job.wait() == [0, 0], job.printed()
     found = [line["loss"] for line in lines(run) if line["kind"] == "train"]
     assert found == pytest.approx(losses(alone)[:4], rel=1e-5)  # the warm-up is that of the longer run
+
+
+def die_in_a_step(rank):
+    """Save after every chunk, and kill the second rank at the 12th chunk of the third step."""
+    gradients._SAVE_SECONDS = 0.0
+    real, calls = Windows.batch, []
+
+    def batch(windows, step, *arguments, **keywords):
+        calls.append(step)
+        if rank == 1 and calls.count(2) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(windows, step, *arguments, **keywords)
+
+    Windows.batch = batch
+
+
+def test_ranks_learn_in_chunks_and_go_on_within_a_step_after_a_crash(context, recipe, runs, tmp_path):
+    (alone, _), flags = runs[1, 1], ["--train.steps", 4, "--train.chunk-tokens", 16, "--train.accumulate", 2]
+    job = start(context, recipe, tmp_path / "through", (2, 1), *flags)
+    assert job.wait() == [0, 0], job.printed()
+    found = [line["loss"] for line in lines(tmp_path / "through") if line["kind"] == "train"]
+    assert found == pytest.approx(losses(alone)[:4], rel=1e-5)
+    run = tmp_path / "killed"
+    job = start(context, recipe, run, (2, 1), *flags, prepare="training.test_parallel:die_in_a_step")
+    assert job.wait()[1] == -signal.SIGKILL
+    assert checkpoints(run)[-1] == "step-00000002"
+    assert len(list((run / "step").glob("rank-*/step-*.safetensors"))) >= 2
+    shutil.rmtree(tmp_path / "killed-printed")
+    job = start(context, recipe, run, (2, 1), *flags)
+    assert job.wait() == [0, 0], job.printed()
+    assert not (run / "step").exists()
+    assert lines(run) == lines(tmp_path / "through")
+    last_step = "checkpoints/step-00000004"
+    assert tensors(run / last_step) == tensors(tmp_path / "through" / last_step)
 
 
 def told(job):

@@ -117,7 +117,7 @@ def _memory_of_training(
 
 def _memory_in_chunks(recipe: Recipe, config: LongNetConfig, tokens: int, chunk_tokens: int) -> list[tuple[str, str]]:
     from longnet.model.budget import training_memory
-    from longnet.training.chunked import chunk_costs
+    from longnet.training.chunk_schedule import chunk_costs
 
     train = recipe.train
     sequences, bfloat16 = train.batch_sequences // train.accumulate, train.dtype == "bfloat16"

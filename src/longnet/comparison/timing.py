@@ -20,7 +20,7 @@ from longnet.data.shards import TokenData
 from longnet.measurement import find_device, interleaved, provenance
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.versions import checkpoint_layers
-from longnet.training.loop import accumulate_gradients
+from longnet.training.gradients import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 
 TIMING = "timing.json"

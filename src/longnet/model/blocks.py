@@ -160,17 +160,18 @@ class LongNetBlock(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         """Return (B, T, C); keywords go to the attention."""
         if self.is_post_layernorm:
             out, _ = self.self_attn(hidden_states, **kwargs)
-            if is_read_up_to(self.self_attn.layer_idx):
+            if is_read_up_to(self.self_attn):
                 return hidden_states
             hidden_states = self.input_layernorm(self._past(hidden_states) + self._drop(out))
             out = self._past(hidden_states) + self._drop(self.mlp(hidden_states))
             return self.post_attention_layernorm(out)  # type: ignore[no-any-return]
         out, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        if is_read_up_to(self.self_attn.layer_idx):
+        if is_read_up_to(self.self_attn):
             return hidden_states
         hidden_states = self._past(hidden_states) + self._drop(out)
         is_plain = self.residual_scale == 1 and not (self.training and (self.dropout.p or self.drop_path))
-        if is_plain and hidden_states.device.type == "cpu" and not torch.is_grad_enabled():
+        is_eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if is_plain and is_eager and hidden_states.device.type == "cpu":
             # In place, part by part: what is four times as wide stays in cache, and memory is not four times as much.
             for part in torch.split(hidden_states, _CPU_TOKENS, dim=1):
                 part.add_(self.mlp(self.post_attention_layernorm(part)))

@@ -24,7 +24,7 @@ from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
 from longnet.model.documents import read_by
 from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
-from longnet.model.sequence_parallel import current_chunk, slices_here
+from longnet.model.sequence_parallel import current_chunk, is_within_chunk, slices_here
 from longnet.model.tensor_parallel import pattern_of_rank
 from longnet.model.versions import as_mask_function
 from longnet.model.visibility import Visible, visible_slice, visible_tokens
@@ -58,6 +58,10 @@ def dilated_attention_forward(
     Raises:
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
+    if is_within_chunk() and torch.compiler.is_compiling():
+        # What each chunk and layer has of its own stays out of what is compiled, which then serves all of them.
+        uncompiled = _attend_uncompiled(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        return cast("tuple[Tensor, None]", uncompiled)
     config = cast("PreTrainedConfig", module.config)
     layer = layer_of(module)
     if isinstance(key, StreamedKeys) and not key.layer.holds(value):
@@ -91,6 +95,9 @@ def dilated_attention_forward(
         return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling, sinks=sinks)[0]
 
     return _attend(call, attend)
+
+
+_attend_uncompiled = torch.compiler.disable(dilated_attention_forward)  # type: ignore[no-untyped-call]
 
 
 def sparse_fixed_attention_forward(

@@ -77,9 +77,14 @@ def current_chunk() -> Chunk | None:
     return _chunks[-1] if _chunks else None
 
 
-def is_read_up_to(layer: int) -> bool:
-    """Say whether nothing above a layer's keys and values is asked for, in a chunk that is only read."""
-    return bool(_chunks) and _chunks[-1].is_read_up_to(layer)
+def is_within_chunk() -> bool:
+    """Say whether a model sees a chunk: what torch.compile may ask without looking at it."""
+    return bool(_chunks)
+
+
+def is_read_up_to(attention: nn.Module) -> bool:
+    """Say whether nothing above an attention layer's keys and values is asked for, in a chunk that is only read."""
+    return bool(_chunks) and _is_read_up_to(attention)
 
 
 def slices_here(x: Tensor, bounds: Tensor | None) -> Slices | None:
@@ -92,6 +97,11 @@ def slices_here(x: Tensor, bounds: Tensor | None) -> Slices | None:
     if _chunks:
         return _chunks[-1].slices
     return gather_slices(_groups[-1], x, bounds) if _groups else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _is_read_up_to(attention: nn.Module) -> bool:
+    return _chunks[-1].is_read_up_to(attention.layer_idx)  # type: ignore[arg-type]
 
 
 def positions_of_slice(slices: Slices, tokens: int, device: torch.device) -> Tensor:

@@ -15,29 +15,33 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from longnet.attention.chunks import Chunk, Tape
 from longnet.attention.dilated import document_bounds, padding_bounds
-from longnet.attention.pattern import DilationPattern
 from longnet.model import LongNetForCausalLM
-from longnet.model.cache import refusal
 from longnet.model.loss import IGNORED
-from longnet.model.patterns import heads_of, pattern_of
+from longnet.model.patterns import heads_of
 from longnet.model.sequence_parallel import positions_of_slice, within_chunk
+from longnet.training.chunk_schedule import chunk_costs, order_of, rows_of, spans_of, tape_of, whole_rows
+from longnet.training.row_log import RowLog
 
-_SAVED = "step.safetensors"
+T = TypeVar("T")
 
 Reader = Callable[[int, int], tuple[Tensor, Tensor]]
 
@@ -58,43 +62,6 @@ class ChunkProgress(NamedTuple):
     chunk: int
     chunks: int
     share: float
-
-
-class Costs(NamedTuple):
-    """Bytes that a step in chunks needs beside the weights and one chunk's activations.
-
-    Attributes:
-        state: keys and values of open segments, of all layers, in memory.
-        owed: their gradients in memory, and one more such tensor while a chunk is sent back.
-        log: on disk, at most.
-    """
-
-    state: int
-    owed: int
-    log: int
-
-
-def chunk_costs(
-    config: PreTrainedConfig, *, tokens: int, chunk_tokens: int, sequences: int = 1, itemsize: int = 4
-) -> Costs:
-    """Count what a step in chunks needs: closed forms, in bytes.
-
-    For segments w₀ · f^i with rates f^i, and chunks of whole powers of f times w₀, the log takes
-    2 · G · D · layers · itemsize · w₀ · f / (f + 1) bytes a chunk and row, whatever the length.
-
-    Args:
-        config: of a causal model with a pattern.
-        tokens: of a sequence.
-        chunk_tokens: of a chunk.
-        sequences: rows that go through the model at a time.
-        itemsize: bytes of a number among keys and values: 4 in float32, 2 under bfloat16 autocast.
-    """
-    heads, head_dim = heads_of(config)
-    tape = _tape(config, _whole(sequences, tokens), tokens, chunk_tokens)
-    row = 2 * head_dim * itemsize
-    rows = len(tape.patterns) * tape.places[-1] * sequences * heads
-    log = max((sum(tape.rows_given(index, heads) for index in range(*span)) for span in _spans(tape)), default=0)
-    return Costs(state=rows * row, owed=2 * rows * 2 * head_dim * max(4, itemsize), log=log * row)
 
 
 def chunked_gradients(
@@ -167,7 +134,9 @@ class ChunkedStep:
         bounds: (n, 3) int64, (batch row, start, stop) of each run of real tokens; None where all are real.
         autocast: entered for each forward pass.
         seed: of dropout, which is then the same in both passes, and after a restart; None leaves the random state.
-        folder: for the log and what `save` writes; None for a temporary one, and no saving.
+        folder: for the log and what `save` writes, this rank's own; None for a temporary one, and no saving.
+        group: of ranks that each learn from other sequences of as many tokens, with weights that FSDP2 shares out: they
+            save, and continue, from the same chunk. None for one process.
         about: what else the step depends on, of JSON's types: a save that says otherwise is not continued.
 
     Attributes:
@@ -191,6 +160,7 @@ class ChunkedStep:
         autocast: contextlib.AbstractContextManager[object] | None = None,
         seed: tuple[int, ...] | None = None,
         folder: Path | None = None,
+        group: dist.ProcessGroup | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
         if min(sequences, tokens, chunk_tokens, items) < 1 or sequences % parts:
@@ -199,31 +169,35 @@ class ChunkedStep:
                 f"sequences of {tokens} tokens, chunks of {chunk_tokens}, {items} items, {parts} parts"
             )
         self.model, self.read, self.items, self.parts, self.seed = model, read, items, parts, seed
+        self.group = group
         self.autocast = contextlib.nullcontext() if autocast is None else autocast
         self.inner = _model_within(model)
         self.device = next(model.parameters()).device
         self.rows = sequences // parts
-        bounds = _whole(sequences, tokens) if bounds is None else bounds.cpu()
+        bounds = whole_rows(sequences, tokens) if bounds is None else bounds.cpu()
         config = self.inner.config.get_text_config(decoder=True)
         self.heads = heads_of(config)[0]
         self.tapes = [
-            _tape(config, _rows_of(bounds, part * self.rows, (part + 1) * self.rows), tokens, chunk_tokens)
+            tape_of(config, rows_of(bounds, part * self.rows, (part + 1) * self.rows), tokens, chunk_tokens)
             for part in range(parts)
         ]
         self.schedule = [
             (part, span, chunk, is_learning)
             for part, tape in enumerate(self.tapes)
-            for span in _spans(tape)
-            for chunk, is_learning in _order(*span)
+            for span in spans_of(tape)
+            for chunk, is_learning in order_of(*span)
         ]
+        schedules = self._told_by_all(self.schedule)
+        if any(other != schedules[0] for other in schedules):
+            raise ValueError("ranks that learn in chunks together need sequences that are cut alike: the same bounds")
         self.loss, self.done = 0.0, 0
         self._temporary = tempfile.TemporaryDirectory(prefix="longnet-step-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary is not None else cast("Path", folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log: _RowLog | None = None
-        self._states: Tensor | None = None
+        self._log: RowLog | None = None
+        self._whole: Path | None = None  # what was saved last
         self._about = {**(about or {}), "tokens": tokens, "chunk": chunk_tokens, "rows": sequences, "parts": parts,
-                       "items": items, "seed": seed}  # fmt: skip
+                       "items": items, "seed": seed, "ranks": len(schedules)}  # fmt: skip
         if folder is not None:
             self._about["weights"] = _digest(self.inner)
             self._resume()
@@ -269,14 +243,33 @@ class ChunkedStep:
     def save(self) -> None:
         """Write where the step stands, whole or not at all: `ChunkedStep` with this folder goes on from there.
 
+        Every rank must call it after the same chunk. What was saved before goes once all ranks have saved.
+
         Raises:
             ValueError: a step in a temporary folder.
-            OSError: it cannot be written; what was saved before stays.
+            OSError: a rank cannot write; what was saved before stays.
         """
         if self._temporary is not None:
             raise ValueError("a step without a folder of its own cannot be saved: give one")
         if not self.done:
             return
+        path = self.folder / f"step-{self.done}.safetensors"
+        error = None
+        try:
+            self._write(path)
+        except OSError as found:
+            error = found
+        told = next((told for told in self._told_by_all(None if error is None else str(error)) if told), None)
+        if error is not None or told is not None:
+            if self._whole != path:
+                path.unlink(missing_ok=True)
+            raise OSError(told) from error
+        self._whole = path
+        for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step-*")):
+            if left != path and (self._log is None or left != self._log.path):
+                left.unlink()
+
+    def _write(self, path: Path) -> None:
         part = self.schedule[self.done - 1][0]
         tape, tensors = self.tapes[part], {}
         if self._log is not None:
@@ -284,11 +277,11 @@ class ChunkedStep:
         for name, x in (("states", tape.states), ("owed", tape.owed)):
             if x is not None and x.numel():
                 tensors[name] = x.contiguous().cpu()
+        self._share_out()
         for name, weight in self.inner.named_parameters():
             if weight.grad is not None:
-                tensors[f"grad/{name}"] = weight.grad.contiguous().cpu()
+                tensors[f"grad/{name}"] = _share_of(weight.grad).contiguous().cpu()
         metadata = {"about": json.dumps(self._about), "done": str(self.done), "loss": self.loss.hex()}
-        path = self.folder / _SAVED
         partial = path.with_suffix(".partial")
         try:
             save_file(tensors, partial, metadata)
@@ -299,47 +292,64 @@ class ChunkedStep:
             partial.unlink(missing_ok=True)
             raise OSError(f"cannot write {path}: {error}; make room and resume") from error
         _sync_folder(self.folder)
-        for log in self.folder.glob("rows-*.log"):
-            if self._log is None or log != self._log.path:
-                log.unlink()
 
     def _resume(self) -> None:
-        path = self.folder / _SAVED
-        if path.exists():
+        saved = {}
+        for path in self.folder.glob("step-*.safetensors"):
             with safe_open(path, "pt", device="cpu") as file:
                 metadata = file.metadata()
-                if json.loads(metadata["about"]) == json.loads(json.dumps(self._about)):
-                    self.done, self.loss = int(metadata["done"]), float.fromhex(metadata["loss"])
-                    names = set(file.keys())
-                    tape = self.tapes[self.schedule[self.done - 1][0]]
-                    # Into memory of torch's own: kernels round otherwise where it is aligned otherwise.
-                    if "states" in names:
-                        tape.states = file.get_tensor("states").to(self.device, copy=True)
-                    if "owed" in names:
-                        tape.owed = file.get_tensor("owed").to(self.device, copy=True)
-                    for name, weight in self.inner.named_parameters():
-                        at = f"grad/{name}"
-                        weight.grad = file.get_tensor(at).to(weight.device, copy=True) if at in names else None
+            if json.loads(metadata["about"]) == json.loads(json.dumps(self._about)):
+                saved[int(metadata["done"])] = path
+        # A rank that was killed while it saved has one save less than the others, or one more.
+        self.done = max(set.intersection(*(set(told) for told in self._told_by_all([0, *saved]))))
         if not self.done:  # of another step, or of other weights
-            for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step.*")):
+            for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step-*")):
                 left.unlink()
             return
+        self._whole = saved[self.done]
         part, span, _, _ = self.schedule[self.done - 1]
-        self._log = _RowLog(self._log_path(part, span))
         tape = self.tapes[part]
+        with safe_open(self._whole, "pt", device="cpu") as file:
+            self.loss = float.fromhex(file.metadata()["loss"])
+            names = set(file.keys())
+            # Into memory of torch's own: kernels round otherwise where it is aligned otherwise.
+            if "states" in names:
+                tape.states = file.get_tensor("states").to(self.device, copy=True)
+            if "owed" in names:
+                tape.owed = file.get_tensor("owed").to(self.device, copy=True)
+            for name, weight in self.inner.named_parameters():
+                at = f"grad/{name}"
+                gradient = file.get_tensor(at).to(weight.device, copy=True) if at in names else None
+                weight.grad = None if gradient is None else _as_shared_out(gradient, weight)
+        self._log = self._log_of(part, span)
         if tape.states is not None:
             self._log.offsets = self._offsets(tape, span)
+
+    def _told_by_all(self, value: T) -> list[T]:
+        """Return what each rank says, in their order."""
+        if self.group is None:
+            return [value]
+        told: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(told, value, group=self.group)
+        return told
+
+    def _share_out(self) -> None:
+        """Leave of each weight this rank's share, as it is after a backward pass: a pass without has gathered some."""
+        for module in self.inner.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _open(self, part: int, span: tuple[int, int]) -> None:
         if self._log is not None:
             self._log.close()
             if self._temporary is not None:
                 self._log.path.unlink(missing_ok=True)
-        self._log = _RowLog(self._log_path(part, span))
+        self._log = self._log_of(part, span)
         self.tapes[part].forget()
 
-    def _log_path(self, part: int, span: tuple[int, int]) -> Path:
-        return self.folder / f"rows-{part}-{span[0]}.log"
+    def _log_of(self, part: int, span: tuple[int, int]) -> RowLog:
+        path = self.folder / f"rows-{part}-{span[0]}.log"
+        return RowLog(path, torch.cuda if self.device.type == "cuda" else None)
 
     def _offsets(self, tape: Tape, span: tuple[int, int]) -> dict[int, tuple[int, int]]:
         """Return where the log holds what each chunk overwrote, and how many rows."""
@@ -355,7 +365,7 @@ class ChunkedStep:
         with torch.no_grad(), within_chunk(chunk), self._seeded(chunk, part), self.autocast:
             self.model(**self._inputs(chunk, ids), logits_to_keep=1)
         span = self.schedule[self.done][1]
-        log = cast("_RowLog", self._log)
+        log = cast("RowLog", self._log)
         if not log.offsets:
             log.offsets = self._offsets(chunk.tape, span)
         log.write(chunk.index, chunk.replaced())
@@ -364,7 +374,7 @@ class ChunkedStep:
         tape = chunk.tape
         if chunk.index < span[1] - 1:
             states = tape.read_states
-            rows = cast("_RowLog", self._log).read(chunk.index, states.shape[5], states.dtype)
+            rows = cast("RowLog", self._log).read(chunk.index, states.shape[5], states.dtype)
             chunk.restore(rows.to(self.device))
         ids, targets = self._tokens(chunk, part)
         with within_chunk(chunk), self._seeded(chunk, part):
@@ -408,86 +418,14 @@ class ChunkedStep:
         costs = chunk_costs(config, tokens=tokens, chunk_tokens=chunk_tokens, sequences=self.rows, itemsize=itemsize)
         there = sum(path.stat().st_size for path in self.folder.glob("rows-*.log"))
         free = shutil.disk_usage(self.folder).free
-        if costs.log > free + there:
+        disk = socket.gethostname(), self.folder.stat().st_dev
+        logs = self._told_by_all(disk).count(disk)
+        if logs * (costs.log - there) > free:
             raise ValueError(
-                f"the log of a step of {tokens:,} tokens in chunks of {chunk_tokens:,} takes {costs.log / 1e9:.3g} GB, "
+                f"the log of a step of {tokens:,} tokens in chunks of {chunk_tokens:,} takes "
+                f"{logs * costs.log / 1e9:.3g} GB, "
                 f"and {self.folder} has {free / 1e9:.3g} GB: make room, or take longer chunks"
             )
-
-
-class _RowLog:
-    """Rows that chunks have overwritten, each chunk's at its place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offsets: dict[int, tuple[int, int]] = {}
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def write(self, index: int, rows: Tensor) -> None:
-        offset, count = self.offsets[index]
-        if len(rows) != count:
-            raise ValueError(f"chunk {index} overwrote {len(rows)} rows, where {count} were counted")
-        data = memoryview(rows.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
-        try:
-            while data:
-                written = os.pwrite(self._file, data, offset)
-                data, offset = data[written:], offset + written
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}; make room and resume") from error
-
-    def read(self, index: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-        offset, count = self.offsets[index]
-        rows = torch.empty(count, 2, head_dim, dtype=dtype)
-        data = memoryview(rows.view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
-        while data:
-            came = os.preadv(self._file, [data], offset)
-            if not came:
-                raise OSError(f"{self.path} ends before the rows of chunk {index}: it is damaged")
-            data, offset = data[came:], offset + came
-        return rows
-
-    def sync(self) -> None:
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
-
-
-def _tape(config: PreTrainedConfig, bounds: Tensor, tokens: int, chunk_tokens: int) -> Tape:
-    reason = refusal(config)
-    if reason is not None:
-        raise ValueError(f"{type(config).__name__} cannot learn in chunks: {reason}")
-    patterns: list[DilationPattern] = [pattern_of(config, layer) for layer in range(config.num_hidden_layers)]
-    return Tape(patterns, tokens=tokens, chunk_tokens=chunk_tokens, bounds=bounds)
-
-
-def _spans(tape: Tape) -> list[tuple[int, int]]:
-    """Return runs of chunks that give nothing to one another: first chunk, one past the last."""
-    spans, first = [], 0
-    for index in range(tape.chunks):
-        if not tape.is_open_after(index):
-            spans.append((first, index + 1))
-            first = index + 1
-    return spans
-
-
-def _order(first: int, stop: int) -> Iterator[tuple[int, bool]]:
-    """Yield chunks and whether they are learned from: the last one need not be read before."""
-    for chunk in range(first, stop - 1):
-        yield chunk, False
-    for chunk in reversed(range(first, stop)):
-        yield chunk, True
-
-
-def _whole(rows: int, tokens: int) -> Tensor:
-    return torch.tensor([[row, 0, tokens] for row in range(rows)])
-
-
-def _rows_of(bounds: Tensor, first: int, stop: int) -> Tensor:
-    within = bounds[(bounds[:, 0] >= first) & (bounds[:, 0] < stop)]
-    return within - torch.tensor([first, 0, 0])
 
 
 def _model_within(model: nn.Module) -> PreTrainedModel:
@@ -496,6 +434,11 @@ def _model_within(model: nn.Module) -> PreTrainedModel:
         raise ValueError(
             'to learn in chunks takes a causal language model of transformers whose attention is "dilated", see '
             f"longnet.use_dilated_attention; got {type(model if inner is None else inner).__name__}"
+        )
+    if getattr(inner.config.get_text_config(decoder=True), "output_router_logits", False):
+        raise ValueError(
+            "the auxiliary loss of routers is a mean over the whole sequence, which a step in chunks does not make: "
+            "set config.output_router_logits = False to learn without it"
         )
     if not _finds_its_place(inner) and "position_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError(f"{type(inner).__name__} takes no position_ids, so chunks cannot tell it where they lie")
@@ -507,10 +450,24 @@ def _finds_its_place(model: PreTrainedModel) -> bool:
     return isinstance(model, LongNetForCausalLM)
 
 
+def _share_of(x: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _as_shared_out(share: Tensor, weight: Tensor) -> Tensor:
+    """Return this rank's share of a gradient as one of a tensor that is shared out as its weight is."""
+    if not isinstance(weight, DTensor):
+        return share
+    return DTensor.from_local(
+        share, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+
+
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for weight in model.parameters():
-        digest.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()))  # type: ignore[arg-type]
+        digest.update(memoryview(_share_of(weight.detach()).cpu().contiguous().view(torch.uint8).reshape(-1).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

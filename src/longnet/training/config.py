@@ -87,11 +87,8 @@ class TrainConfig:
         for name in ("steps", "tokens", "batch_sequences", "accumulate", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.chunk_tokens is not None and (self.chunk_tokens < 1 or self.compile):
-            raise ValueError(
-                f"train.chunk_tokens must be at least 1, and goes without train.compile, got {self.chunk_tokens} and "
-                f"compile = {str(self.compile).lower()}"
-            )
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"train.chunk_tokens must be at least 1, got {self.chunk_tokens}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"train.seed must be 0 or more and below 2^63, got {self.seed}")
         if self.batch_sequences % self.accumulate:
@@ -237,10 +234,10 @@ class Recipe:
                 f"parallel.dp × train.accumulate must divide train.batch_sequences = {train.batch_sequences}, got "
                 f"{dp} × {train.accumulate}"
             )
-        if train.chunk_tokens is not None and (dp * sp > 1 or self.model.attention != "dilated"):
+        if train.chunk_tokens is not None and (sp > 1 or self.model.attention != "dilated"):
             raise ValueError(
-                f"train.chunk_tokens needs one process and model.attention = 'dilated', got parallel.dp = {dp}, "
-                f"parallel.sp = {sp} and {self.model.attention!r}: leave it out"
+                f"train.chunk_tokens needs parallel.sp = 1 and model.attention = 'dilated', got parallel.sp = {sp} and "
+                f"{self.model.attention!r}: take parallel.dp for ranks, or leave it out"
             )
         if sp > 1 and self.model.attention != "dilated":
             raise ValueError(

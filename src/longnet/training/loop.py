@@ -11,16 +11,13 @@ import math
 import random
 import shutil
 import signal
-import threading
 import time
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
 from longnet.data.loader import Windows
@@ -31,31 +28,15 @@ from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
 from longnet.model.cost import training_flops
 from longnet.model.versions import checkpoint_layers
-from longnet.training.checkpoint import (
-    Saving,
-    describe_damage,
-    has_checkpoints,
-    lock_run,
-    newest_whole,
-    save_checkpoint,
-)
-from longnet.training.chunked import ChunkedStep, ChunkProgress
-from longnet.training.config import Recipe, Tables, differences, to_toml
-from longnet.training.metrics import Metrics, Screen, describe, describe_chunk, peak_flops
+from longnet.training.beginning import starting_point, write_recipe
+from longnet.training.checkpoint import Saving, lock_run, save_checkpoint
+from longnet.training.config import Recipe, Tables
+from longnet.training.gradients import accumulate_gradients, learn_in_chunks
+from longnet.training.metrics import Metrics, Screen, describe, peak_flops
 from longnet.training.optim import gradient_norm, learning_rate, make_optimizer, update
 from longnet.training.parallel import Ranks, open_ranks, whole
-from longnet.training.state import (
-    FORMAT,
-    State,
-    changed_machine,
-    read_record,
-    restore_state,
-    restore_weights,
-    take_snapshot,
-    write_snapshot,
-)
-
-_SAVE_SECONDS = 60.0  # between two saves of a step in chunks
+from longnet.training.signals import Stop
+from longnet.training.state import State, read_record, restore_state, restore_weights, take_snapshot, write_snapshot
 
 
 class Summary(NamedTuple):
@@ -109,7 +90,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         if data.validation.tokens or recipe.evaluate.every:
             unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
         ranks.on_first(lambda: stack.enter_context(lock_run(output)))
-        checkpoint = ranks.on_first(lambda: _starting_point(output, data, tables, ranks, resume=resume))
+        checkpoint = ranks.on_first(lambda: starting_point(output, data, tables, ranks, resume=resume))
         random.seed(recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
         model = LongNetForCausalLM(recipe.model_config(data)).train()  # made on the CPU: the same weights everywhere
@@ -117,50 +98,20 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             restore_weights(checkpoint, model)
         if recipe.train.checkpoint_activations:
             checkpoint_layers(model)
-        trained = ranks.share_out(model, compiled=recipe.train.compile)
+        trained = ranks.share_out(model, compiled=recipe.train.compile, in_chunks=recipe.train.chunk_tokens is not None)
         optimizer = make_optimizer(model, recipe.optim)
         state = State()
         if checkpoint is not None:
             state = restore_state(checkpoint, read_record(checkpoint), model, optimizer, ranks)
-        ranks.on_first(lambda: _write_recipe(output / "recipe.toml", tables))
+        ranks.on_first(lambda: write_recipe(output / "recipe.toml", tables))
         screen = Screen(steps=recipe.train.steps, step=state.step, wanted=progress, speaks=ranks.is_first)
         metrics = _open_metrics(stack, ranks, output, step=state.step, tensorboard=recipe.train.tensorboard)
-        with screen, _Stop() as stop:
+        with screen, Stop() as stop:
             run = _Run(
                 recipe, output, ranks, data, tables, windows, model, trained, optimizer, state, screen, metrics, stop,
                 checkpoint,
             )  # fmt: skip
             return run.run()
-
-
-def accumulate_gradients(
-    model: nn.Module,
-    input_ids: Tensor,
-    targets: Tensor,
-    *,
-    parts: int,
-    items: int | None = None,
-    autocast: contextlib.AbstractContextManager[object],
-) -> Tensor:
-    """Add the gradient of the sum of losses over `items` to the weights' `grad`; return that loss.
-
-    Args:
-        model: a causal language model that takes shift_labels and num_items_in_batch.
-        input_ids: (B, T).
-        targets: (B, T); targets[:, t] follows input_ids[:, t].
-        parts: into how many runs of sequences B is divided, each going forward and backward by itself.
-        items: what the sum is divided by; the targets here when None. Of a batch across ranks it is that of all
-            ranks, whose losses and gradients add up to the mean's then.
-        autocast: entered for each forward pass.
-    """
-    items = targets.numel() if items is None else items
-    total = torch.zeros((), device=input_ids.device)
-    for part_ids, part_targets in zip(input_ids.chunk(parts), targets.chunk(parts), strict=True):
-        with autocast:
-            loss = model(input_ids=part_ids, shift_labels=part_targets, num_items_in_batch=items).loss
-        loss.backward()
-        total += loss.detach()
-    return total
 
 
 @dataclass
@@ -177,7 +128,7 @@ class _Run:
     state: State
     screen: Screen
     metrics: Metrics
-    stop: _Stop
+    stop: Stop
     checkpoint: Path | None
     stopped_by: signal.Signals | None = None
 
@@ -209,10 +160,10 @@ class _Run:
             started = time.perf_counter()
             figures = self._step()
             state.seconds += time.perf_counter() - started
-            if figures is None:  # stopped within a step in chunks, which goes on from where it stands
+            if isinstance(figures, signal.Signals):  # within a step in chunks, which goes on from where it stands
                 if self.saved != state.step:
                     self._save()
-                self.stopped_by = self.stop.signal
+                self.stopped_by = figures
                 break
             lr, norm = figures
             if state.step % train.log_every == 0 or state.step == train.steps:
@@ -231,10 +182,10 @@ class _Run:
             self._report()
         self.checkpoint = self.saving.wait() or self.checkpoint
         if train.chunk_tokens and state.step == train.steps:
-            shutil.rmtree(self.output / "step", ignore_errors=True)
+            self.ranks.on_first(lambda: shutil.rmtree(self.output / "step", ignore_errors=True))
 
-    def _step(self) -> tuple[float, float] | None:
-        """Train on one batch; return the learning rate and the norm of the gradient, None where a signal came first."""
+    def _step(self) -> tuple[float, float] | signal.Signals:
+        """Train on one batch; return the learning rate and the norm of the gradient, or the signal that came first."""
         train, optim, ranks, state = self.recipe.train, self.recipe.optim, self.ranks, self.state
         items = train.batch_sequences * train.tokens
         if train.chunk_tokens is None:
@@ -245,10 +196,14 @@ class _Run:
                     self.trained, input_ids, targets, parts=train.accumulate, items=items, autocast=self.autocast
                 )
         else:
-            loss_in_chunks = self._learn_in_chunks(train.chunk_tokens, items)
-            if loss_in_chunks is None:
-                return None
-            total = torch.tensor(loss_in_chunks, device=self.device)
+            found = learn_in_chunks(
+                self.trained, self.windows, train, state.step, ranks=ranks, autocast=self.autocast,
+                folder=self.output / "step", about={"step": state.step, "data": self.data.fingerprint},
+                screen=self.screen, stop=self.stop,
+            )  # fmt: skip
+            if isinstance(found, signal.Signals):
+                return found
+            total = torch.tensor(found, device=self.device)
         total, gradient = ranks.mean_loss(total), whole(gradient_norm(self.model))
         loss, norm = torch.stack([total, gradient.to(total)]).tolist()
         lr = learning_rate(optim, state.step, train.steps)
@@ -260,36 +215,6 @@ class _Run:
         else:
             self._skip(loss, norm)
         return lr, norm
-
-    def _learn_in_chunks(self, chunk_tokens: int, items: int) -> float | None:
-        train, step = self.recipe.train, self.state.step
-
-        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            return self.windows.batch(step, train.batch_sequences, start=start, stop=stop)
-
-        with ChunkedStep(
-            self.trained, read, sequences=train.batch_sequences, tokens=train.tokens, chunk_tokens=chunk_tokens,
-            items=items, parts=train.accumulate, autocast=self.autocast, seed=(train.seed, step),
-            folder=self.output / "step", about={"step": step, "data": self.data.fingerprint},
-        ) as learning:  # fmt: skip
-            started = saved = time.perf_counter()
-            before: ChunkProgress | None = None
-            tokens = 0
-            for progress in learning:
-                now = time.perf_counter()
-                tokens += progress.tokens
-                if before is None:
-                    before, started, tokens = progress, now, 0
-                told = describe_chunk(progress, tokens=tokens, seconds=now - started, since=before.share)
-                self.screen.within(step, told)
-                is_stopped = self.stop.signal is not None and progress.share < 1
-                if is_stopped or now - saved >= _SAVE_SECONDS:
-                    learning.save()
-                    saved = now
-                    self.screen.note(step, told)
-                if is_stopped:
-                    return None
-            return learning.loss
 
     def _skip(self, loss: float, norm: float) -> None:
         # Neither weights nor moments have been touched: the optimizer was not called.
@@ -417,27 +342,6 @@ class _Run:
         return self.device.type + (f", {parallel.dp} × {parallel.sp} ranks" if parallel.size > 1 else "")
 
 
-class _Stop:
-    """Takes note of SIGINT and SIGTERM while it is entered; the second one has its usual effect."""
-
-    signal: signal.Signals | None = None
-
-    def __enter__(self) -> _Stop:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
-
-
 def _open_metrics(stack: contextlib.ExitStack, ranks: Ranks, output: Path, *, step: int, tensorboard: bool) -> Metrics:
     """Open the first rank's files; the other ranks know what is in them, and write nothing."""
     metrics = Metrics(None, step=step, tensorboard=False)
@@ -449,74 +353,6 @@ def _open_metrics(stack: contextlib.ExitStack, ranks: Ranks, output: Path, *, st
 
     metrics.told = ranks.on_first(opened)
     return metrics
-
-
-def _starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks, *, resume: bool) -> Path | None:
-    """Return the checkpoint to continue from, None to begin; refuse what would mix two runs."""
-    if not has_checkpoints(output):
-        _refuse_to_overwrite(output / "recipe.toml", tables)
-        return None
-    if not resume:
-        raise ValueError(
-            f"{output} holds the checkpoints of a run: continue it with --resume, or choose another folder"
-        )
-    found = newest_whole(output)
-    screen = Screen(steps=0, step=0, wanted=False)
-    if found.whole is None:
-        raise ValueError(
-            f"no checkpoint of {output} is whole ({describe_damage(found.damaged)}): take another folder to begin anew"
-        )
-    if found.damaged:
-        screen.warn(f"damaged: {describe_damage(found.damaged)}; {found.whole.name} is used instead")
-    record = read_record(found.whole)
-    if record["format"] != FORMAT:
-        raise ValueError(
-            f"{found.whole} has format {record['format']}, and this version of longnet continues format {FORMAT}: "
-            "continue it with the version that wrote it, or begin another run"
-        )
-    if record["data"] != data.fingerprint:
-        raise ValueError(f"{output} was trained on other data than {data.folder}: resume it with its own")
-    changed = differences(record["recipe"], tables)
-    if changed:
-        before, now = record["recipe"], tables
-        pairs = [key.partition(".")[::2] for key in changed]
-        told = ", ".join(f"{t}.{k} ({before[t].get(k)} → {now[t].get(k)})" for t, k in pairs)
-        raise ValueError(
-            f"{output} cannot be resumed with another recipe: {told}; set these back, or begin another run"
-        )
-    if record["progress"]["step"] > tables["train"]["steps"]:
-        raise ValueError(f"{output} has finished {record['progress']['step']} steps already: raise train.steps")
-    _refuse_to_overwrite(output / "recipe.toml", tables)
-    moved = changed_machine(record, ranks)
-    if moved:
-        screen.warn(f"{output} continues on another machine ({', '.join(moved)}): rounding may differ from here on")
-    return found.whole
-
-
-def _write_recipe(path: Path, tables: Tables) -> None:
-    if not path.exists() or _read_recipe(path) != tables:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(to_toml(tables), encoding="utf-8")
-        partial.replace(path)
-
-
-def _read_recipe(path: Path) -> Tables | None:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return None
-
-
-def _refuse_to_overwrite(path: Path, tables: Tables) -> None:
-    """Raise ValueError where a run would write its recipe over one that a user has written."""
-    if not path.exists():
-        return
-    there = _read_recipe(path)
-    is_of_a_run = there is not None and to_toml(there) == path.read_text(encoding="utf-8")  # nobody else writes so
-    if there != tables and not is_of_a_run:
-        raise ValueError(
-            f"{path} is yours, and the run would write its own over it: give another folder with --output, or move it"
-        )
 
 
 def _finite(value: float) -> float | None:

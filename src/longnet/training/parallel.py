@@ -97,6 +97,11 @@ class Ranks:
             raise told[1]
         return cast("T", told[0])
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group of all ranks that train, None where there is one process."""
+        return None if self.size == 1 else dist.group.WORLD
+
     def on_first_while_saving(self, function: Callable[[], T]) -> T:
         """Do as `on_first`, in the thread that saves."""
         return self.on_first(function, group=self.saving_group)
@@ -144,38 +149,44 @@ class Ranks:
             words = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(words[0]))
 
-    def share_out(self, model: LongNetForCausalLM, *, compiled: bool) -> nn.Module:
+    def share_out(self, model: LongNetForCausalLM, *, compiled: bool, in_chunks: bool = False) -> nn.Module:
         """Move a model to the device, each rank keeping its share of the weights; return what a step calls.
 
         The gradients of the ranks are added up: each has the gradient of its part of the mean loss.
+
+        Args:
+            model: on the CPU, the same on all ranks.
+            compiled: compile the model, or its layers where more than a plain call goes on around them.
+            in_chunks: a step sees a chunk at a time.
         """
         if self.shards is None:
             nn.Module.to(model, self.device)
-            # The compiled module is the same one with a faster call; evaluation, of many shapes, calls the plain one.
-            return cast("nn.Module", torch.compile(model)) if compiled else model
-        for module in (*model.model.layers, model):
-            if compiled and module is not model:
-                module.compile()  # layer by layer: what FSDP does around each is not to be traced
-            fully_shard(module, mesh=self.shards)
-            shared = cast("FSDPModule", module)
-            shared.set_gradient_divide_factor(1.0)
-            shared.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            if compiled and not in_chunks:
+                # The same module with a faster call; evaluation, of many shapes, calls the plain one.
+                return cast("nn.Module", torch.compile(model))
+        if compiled:  # what FSDP and chunks do around each layer is not to be traced
+            compile_layers(model, in_chunks=in_chunks)
+        if self.shards is not None:
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=self.shards)
+                shared = cast("FSDPModule", module)
+                shared.set_gradient_divide_factor(1.0)
+                shared.set_force_sum_reduction_for_comms(True)  # gloo knows no other
         return model
 
     @contextlib.contextmanager
     def evaluating(self, model: LongNetForCausalLM) -> Iterator[None]:
         """Make parts of the model callable by themselves, as evaluation and generation do, on all ranks alike."""
         self.mark()
-        if self.shards is None:
-            yield
-            return
-        root = cast("FSDPModule", model)
-        root.unshard()  # its own weights: embeddings, head and last norm; a layer fetches its own when it is called
+        root = None if self.shards is None else cast("FSDPModule", model)
+        if root is not None:
+            root.unshard()  # its own weights: embeddings, head and last norm; a layer fetches its own when it is called
         try:
             with torch.compiler.set_stance("force_eager"):  # shapes vary
                 yield
         finally:
-            root.reshard()
+            if root is not None:
+                root.reshard()
         self.mark()
 
     def copy_to_cpu(self, value: Tensor) -> Tensor:
@@ -232,6 +243,21 @@ def open_ranks(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
             reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).partition(". ")[0]  # no place, no advice
             raise ConnectionError(f"rank {rank} has lost another rank, which torchrun names: {reason}") from error
         raise
+
+
+def compile_layers(model: LongNetForCausalLM, *, in_chunks: bool = False) -> None:
+    """Have torch.compile compile the layers of a model, each by itself, in place.
+
+    Args:
+        model: whose layers share their code, and what is compiled of it.
+        in_chunks: a step sees a chunk at a time, of one length but for the last. Dropout is drawn as PyTorch draws it,
+            since both passes over a chunk must draw alike, and only one of them has a graph.
+    """
+    for layer in model.model.layers:
+        if in_chunks:
+            layer.compile(dynamic=False, options={"fallback_random": True})
+        else:
+            layer.compile()
 
 
 def whole(value: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""A step in chunks that is killed, stopped or out of disk goes on where it was, to the same bits."""
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longnet.data.loader import Windows
+from longnet.training import chunked, row_log
+from longnet.training.chunked import ChunkedStep
+from longnet.training.loop import train
+from training.runs import lines, tensors
+from training.steps import assert_same, learn_to_the_end, longnet_model, reader_of, tokens_of, whole
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.steps"])
+    return context
+
+
+def learn(context, folder, *, kill_after=None, delay=0.0):
+    """Return whether the step came to its end, and whether the kill met it learning."""
+    folder.mkdir(exist_ok=True)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=learn_to_the_end, args=(folder, sender))
+    process.start()
+    sender.close()
+    is_learning, count = None, 0
+    try:
+        while count != kill_after:
+            is_learning, count = receiver.recv(), count + 1
+        time.sleep(delay)
+        process.kill()
+    except EOFError:  # it has ended
+        pass
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0, is_learning
+
+
+RANDOM = random.Random(0)
+
+
+@pytest.mark.parametrize(
+    "kills", [(10, 25), pytest.param([RANDOM.randint(1, 12) for _ in range(20)], marks=pytest.mark.deep)]
+)
+def test_a_step_killed_at_any_instant_goes_on_to_the_same_bits(processes, kills, tmp_path):
+    assert learn(processes, tmp_path / "through")[0]
+    expected = torch.load(tmp_path / "through" / "result.pt")
+    killed, passes, kills = tmp_path / "killed", set(), list(kills)
+
+    def compare():
+        found = torch.load(killed / "result.pt")
+        assert found[0] == expected[0]
+        assert found[1].keys() == expected[1].keys()
+        assert all(torch.equal(gradient, found[1][name]) for name, gradient in expected[1].items())
+        shutil.rmtree(killed)
+
+    while kills:
+        is_done, is_learning = learn(processes, killed, kill_after=kills[0], delay=RANDOM.random() / 20)
+        if is_done:
+            compare()
+        else:
+            kills.pop(0)
+            passes.add(is_learning)
+    assert learn(processes, killed)[0]
+    compare()
+    assert passes == {False, True}
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
+    model = longnet_model()
+    ids, targets = tokens_of(1, 101)
+    expected = whole(model, ids, targets)
+    items = int((targets != -100).sum())
+
+    def step():
+        return ChunkedStep(
+            model, reader_of(ids, targets), sequences=1, tokens=101,
+            chunk_tokens=10, items=items, folder=tmp_path / "step",
+        )  # fmt: skip
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with step() as first:
+        progress = iter(first)
+        for _ in range(4):
+            next(progress)
+        first.save()
+        monkeypatch.setattr(row_log.os, "pwrite", full)
+        with pytest.raises(OSError, match=r"cannot write .*rows-0-0.log: No space left on device; make"):
+            next(progress)
+    monkeypatch.undo()
+    with step() as second:
+        assert second.done == 4
+        for _ in second:
+            pass
+    assert_same(model, second.loss, expected)
+    monkeypatch.setattr(chunked.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    second.discard()
+    with pytest.raises(ValueError, match=r"takes .* GB, and .* has 1e-06 GB: make room, or take longer chunks"):
+        step()
+
+
+def test_a_step_of_other_weights_begins_anew(tmp_path):
+    model = longnet_model()
+    ids, targets = tokens_of(1, 101)
+
+    def step():
+        return ChunkedStep(
+            model, reader_of(ids, targets), sequences=1, tokens=101,
+            chunk_tokens=10, items=101, folder=tmp_path / "step",
+        )  # fmt: skip
+
+    with step() as first:
+        for _ in first:
+            first.save()
+    with step() as same:
+        assert same.done == len(same.schedule)
+        assert same.loss == first.loss
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with step() as other:
+        assert other.done == 0
+    assert not list((tmp_path / "step").glob("step.*"))
+
+
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_a_signal_stops_a_run_within_a_step_and_it_goes_on_to_the_same_bits(
+    make_recipe, tmp_path, monkeypatch, at_step, capsys
+):
+    recipe = make_recipe(train={"steps": 4, "chunk_tokens": 5, "accumulate": 2, "log_every": 1})
+    train(recipe, tmp_path / "through", progress=False)
+    real, calls = Windows.batch, []
+
+    def interrupt(windows, number, sequences, **keywords):
+        calls.append((number, keywords))
+        if sum(step == at_step for step, _ in calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(windows, number, sequences, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "batch", interrupt)
+        summary = train(recipe, tmp_path / "stopped")
+    assert (summary.step, summary.stopped_by) == (at_step, signal.SIGINT)
+    assert f"step {at_step + 1}/4  " in capsys.readouterr().out
+    before = len(calls)
+    monkeypatch.setattr(Windows, "batch", interrupt)
+    summary = train(recipe, tmp_path / "stopped", resume=True, progress=False)
+    assert (summary.step, summary.stopped_by) == (4, None)
+    again = [step for step, _ in calls[before:]]
+    assert again.count(at_step) == again.count(3) - 9  # the chunks before are not computed again
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "through")
+    assert tensors(summary.model_folder) == tensors(tmp_path / "through/checkpoints/step-00000004")
