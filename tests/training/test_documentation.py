@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
+import pytest
+
 import longnet
 from longnet.cli.compare import app
 from longnet.cli.main import main
 from longnet.cli.recipe import _in_words
 from longnet.comparison.config import ComparisonRecipe as Recipe
+from longnet.model.budget import count_parameters, training_memory
+from longnet.training.chunk_schedule import chunk_costs
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 BEGIN = "<!-- begin settings: written by `python tests/training/test_documentation.py` -->"
@@ -90,6 +94,43 @@ def test_the_blocks_of_the_training_page_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "step 6  perplexity by context  16: " in printed
     assert "RUN is finished at step 6" in printed
+
+
+SHAPES = {
+    "4 × 512": {"vocab_size": 256, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "Llama-8B": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+
+
+def estimated(shape, weights, chunk_tokens):
+    """Return GiB of a rank and bytes of log a token, for 2³⁰ tokens in chunks under bfloat16 autocast."""
+    pattern = longnet.DilationPattern.geometric(2048, 2**30)
+    config = longnet.LongNetConfig(
+        **SHAPES[shape], segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates
+    )
+    dp = 8 if "8 ranks" in weights else 1
+    needed = training_memory(
+        config, tokens=chunk_tokens, sequences=1, bfloat16=True, checkpoint_activations=shape == "Llama-8B", dp=dp
+    )
+    held = needed.total
+    if "LoRA" in weights:  # frozen in 2 bytes; adapters are next to nothing beside them
+        held = 2 * count_parameters(config).total + needed.activations + needed.loss
+    costs = chunk_costs(config, tokens=2**30, chunk_tokens=chunk_tokens, itemsize=2)
+    return round((held + costs.state + costs.owed) / 2**30), float(f"{costs.log / 2**30:.3g}")
+
+
+@pytest.mark.filterwarnings("ignore:in the branch")
+def test_estimates_of_steps_in_chunks_are_the_formulas():
+    rows = re.findall(
+        r"^\| (4 × 512|Llama-8B), ([^|]*) \| (\d+)K \| ([\d.,]+) \| (\d+)[^|]* \|$", PAGE.read_text(), re.MULTILINE
+    )
+    assert len(rows) == 4
+    for shape, weights, chunk, log, memory in rows:
+        found = estimated(shape, weights, int(chunk) * 1024)
+        assert found == (int(memory), float(log.replace(",", ""))), (shape, weights, found)
 
 
 def run(monkeypatch, command):
