@@ -106,8 +106,8 @@ SHAPES = {
 
 
 def estimated(shape, weights, chunk_tokens):
-    """Return GiB of a rank and bytes of log a token, for 2³⁰ tokens in chunks under bfloat16 autocast."""
-    pattern = longnet.DilationPattern.geometric(2048, 2**30)
+    """Return GiB of a rank and bytes of log a token, for 2²⁸ tokens in chunks under bfloat16 autocast."""
+    pattern = longnet.DilationPattern.geometric(2048, 2**28)
     config = longnet.LongNetConfig(
         **SHAPES[shape], segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates
     )
@@ -118,8 +118,8 @@ def estimated(shape, weights, chunk_tokens):
     held = needed.total
     if "LoRA" in weights:  # frozen in 2 bytes; adapters are next to nothing beside them
         held = 2 * count_parameters(config).total + needed.activations + needed.loss
-    costs = chunk_costs(config, tokens=2**30, chunk_tokens=chunk_tokens, itemsize=2)
-    return round((held + costs.state + costs.owed) / 2**30), float(f"{costs.log / 2**30:.3g}")
+    costs = chunk_costs(config, tokens=2**28, chunk_tokens=chunk_tokens, itemsize=2)
+    return round((held + costs.state + costs.owed) / 2**30), float(f"{costs.log / 2**28:.3g}")
 
 
 @pytest.mark.filterwarnings("ignore:in the branch")
