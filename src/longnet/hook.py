@@ -1,4 +1,4 @@
-"""Makes LongNet known to transformers as soon as a program uses its models, and not before.
+"""Makes LongNet known to transformers, and to PEFT, as soon as a program uses their models, and not before.
 
 `import longnet` is enough for `from_pretrained(…, attn_implementation="dilated")`, the Auto classes and `pipeline()`,
 whichever of the two libraries is imported first; a program that uses the op alone never pays for transformers.
@@ -10,50 +10,71 @@ import importlib
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Whoever chooses an attention, or asks an Auto class, has loaded one of these.
-_TRIGGERS = (
+_OF_TRANSFORMERS = (
     "transformers.modeling_utils",
     "transformers.models.auto.configuration_auto",
     "transformers.models.auto.modeling_auto",
 )
+# Whoever saves or loads an adapter has loaded this.
+_OF_PEFT = ("peft.peft_model",)
 
 
 def introduce() -> None:
-    """Import `longnet.model`, which registers everything: now if transformers' models are there, else once they are."""
-    if any(name in sys.modules for name in _TRIGGERS):
-        _register()
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    """Register with transformers and with PEFT: now where their models are there, else once they are."""
+    for package, triggers, register in (
+        ("transformers", _OF_TRANSFORMERS, _register),
+        ("peft", _OF_PEFT, _register_with_peft),
+    ):
+        if any(name in sys.modules for name in triggers):
+            register()
+        elif not any(isinstance(finder, _Watch) and finder.package == package for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Watch(package, triggers, register))
 
 
-def _register() -> None:
+def _register() -> bool:
+    """Import `longnet.model`, which registers everything with transformers; say whether that went well."""
     try:
         importlib.import_module("longnet.model")
     except ImportError as error:
         # transformers itself is fine, and its user may need nothing of ours.
         warnings.warn(f"LongNet cannot make itself known to transformers: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _register_with_peft() -> None:
+    if _register():
+        importlib.import_module("longnet.model.adapters").meet_peft()
 
 
 class _Watch(MetaPathFinder):
-    """Sees transformers' modules being loaded; registers when the outermost of them is finished.
+    """Sees a package's modules being loaded; registers when the outermost of them is finished.
 
     In the middle of it some modules are half-made, and ours import many.
+
+    Args:
+        package: whose modules.
+        triggers: names of modules; one of them has to be among those loaded.
+        register: what to call then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, package: str, triggers: Sequence[str], register: Callable[[], object]) -> None:
+        self.package = package
+        self._triggers, self._register = triggers, register
         self._here = threading.local()
         self._triggered = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec that the other finders give, its loader watched; None for what is not transformers'."""
-        if not fullname.startswith("transformers."):
+        """Return the spec that the other finders give, its loader watched; None for what is not the package's."""
+        if fullname.partition(".")[0] != self.package:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -70,10 +91,10 @@ class _Watch(MetaPathFinder):
     def end(self, name: str) -> None:
         """Note that it is over; register when it was the outermost."""
         self._here.depth -= 1
-        self._triggered |= name in _TRIGGERS
+        self._triggered |= name in self._triggers
         if self._triggered and not self._here.depth and self in sys.meta_path:
             sys.meta_path.remove(self)
-            _register()
+            self._register()
 
 
 class _Watched(Loader):

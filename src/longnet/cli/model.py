@@ -40,7 +40,7 @@ def load_model(
         path: of a run, of a checkpoint, or of a Hugging Face model. Names with `_orig_mod.` in them, as
             torch.compile leaves them, are understood.
         device: where it goes.
-        attention: to use instead of its own.
+        attention: to use instead of its own, which is the one that its configuration holds a pattern of.
         dtype: of its weights; that of the file when None.
 
     Raises:
@@ -49,11 +49,12 @@ def load_model(
         OSError: there is no model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     import longnet.model  # noqa: F401  # makes LongNet and its attentions known to transformers
     from longnet.evaluation.scoring import refuse_sight_of_later_tokens
+    from longnet.model.patterns import PATTERN_FIELDS, fields_of
     from longnet.training.checkpoint import model_folder
 
     if not path.is_dir():
@@ -70,6 +71,11 @@ def load_model(
     result: Any
     try:
         with _quiet():
+            if attention is None:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                held = [name for name in PATTERN_FIELDS if fields_of(config, name) is not None]
+                if held:
+                    keywords["attn_implementation"] = held[0]
             result = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
                 key_mapping={r"_orig_mod\.": ""}, **keywords,

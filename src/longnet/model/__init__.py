@@ -1,6 +1,6 @@
 """LongNet in Hugging Face's terms. Importing this makes models and attention implementations known to transformers."""
 
-from longnet.model import generation  # noqa: F401  # generate() makes a DilatedCache
+from longnet.model import adapters, generation  # noqa: F401  # adapters keep patterns, generate() makes a DilatedCache
 from longnet.model.blocks import LongNetPreTrainedModel
 from longnet.model.cache import DilatedCache
 from longnet.model.checkpoints import load_gigapath, load_longvit, load_torchscale_lm

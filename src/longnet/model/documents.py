@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from longnet.model.sequence_parallel import current_chunk, current_group
+from longnet.model.versions import one_of, refuse_tracing
 
 # Whose forward is read, by the name of its attention.
 _IMPLEMENTATIONS = ("dilated", "sparse_fixed")
@@ -92,14 +93,13 @@ def _reading(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def reading(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation not in _IMPLEMENTATIONS:
+            return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
+        cache = one_of(given.get("cache"), given.get("past_key_values"))
+        refuse_tracing(self.config._attn_implementation, has_cache=cache is not None)
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if (
-            self.config._attn_implementation not in _IMPLEMENTATIONS
-            or not isinstance(x, Tensor)
-            or x.ndim < 2
-            or len(args) > len(names)
-        ):
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(args) > len(names):
             return forward(self, *args, **kwargs)
         here = _read(given, x, names)
         if here.bounds is not None:
@@ -124,7 +124,7 @@ def _read(given: dict[str, Any], x: Tensor, names: list[str]) -> _Pass:
         if known.shape == shape and known.position_ids is positions and known.attention_mask is mask:
             return known
     nothing = _Pass(x.device, shape, positions, mask, None)
-    cache = given.get("cache") if given.get("past_key_values") is None else given["past_key_values"]
+    cache = one_of(given.get("cache"), given.get("past_key_values"))
     is_told = positions is not None and positions.ndim == 2 and positions.shape[1] == tokens
     positions = positions if is_told else None
     if (

@@ -25,9 +25,9 @@ from longnet.attention.sequence_parallel import gather_slices
 from longnet.model.blocks import LongNetPreTrainedModel
 from longnet.model.configuration import LongNetConfig
 from longnet.model.loss import IGNORED, next_token_loss
-from longnet.model.modeling import LongNetModel, one_of
+from longnet.model.modeling import LongNetModel
 from longnet.model.sequence_parallel import current_group, loss_of_all, next_labels
-from longnet.model.versions import CACHE
+from longnet.model.versions import CACHE, one_of
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):

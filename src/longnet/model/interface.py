@@ -7,6 +7,7 @@ layer. The first reads masks into `Visible`; the second honours it or refuses. N
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -23,7 +24,15 @@ from longnet.attention.sparse_fixed import SparseFixedPattern, sparse_fixed_atte
 from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
 from longnet.model.documents import read_by
-from longnet.model.patterns import is_of, layer_of, pattern_of, sparse_pattern_of, warn_of_unseen
+from longnet.model.patterns import (
+    PATTERN_FIELDS,
+    fields_of,
+    is_of,
+    layer_of,
+    pattern_of,
+    sparse_pattern_of,
+    warn_of_unseen,
+)
 from longnet.model.sequence_parallel import current_chunk, is_within_chunk, slices_here
 from longnet.model.tensor_parallel import pattern_of_rank
 from longnet.model.versions import as_mask_function
@@ -173,7 +182,7 @@ def use_dilated_attention(model: nn.Module, pattern: DilationPattern, *, rotate_
         raise ValueError(
             f"a model shifts offsets by layer and knows its own heads, got {pattern!r}: rotate_offsets=True shifts them"
         )
-    _use(
+    exchange(
         model, "dilated",
         segment_lengths=list(pattern.segment_lengths),
         dilation_rates=list(pattern.dilation_rates),
@@ -192,7 +201,7 @@ def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) ->
     """
     if not isinstance(pattern, SparseFixedPattern):
         raise TypeError(f"pattern must be a SparseFixedPattern, got {type(pattern).__name__}")
-    _use(
+    exchange(
         model,
         "sparse_fixed",
         sparse_block=pattern.block,
@@ -201,14 +210,31 @@ def use_sparse_fixed_attention(model: nn.Module, pattern: SparseFixedPattern) ->
     )
 
 
-def _use(model: nn.Module, name: str, **fields: Any) -> None:
+def exchange(model: nn.Module, name: str, **fields: Any) -> None:
+    """Let a loaded model attend by another implementation, in place; its config takes the fields of the pattern.
+
+    Args:
+        model: a `PreTrainedModel`, or a module around one.
+        name: of the implementation.
+        fields: of the pattern, by their names in the config (`longnet.model.patterns.PATTERN_FIELDS`).
+
+    Raises:
+        TypeError: no Hugging Face model, or one without attention.
+        ValueError: its attention cannot be chosen.
+    """
     models = _models_in(model)
     if not models:
         raise TypeError(f"a Hugging Face model is expected, got {type(model).__name__}, which holds no PreTrainedModel")
-    if not any(getattr(inner.config.get_text_config(), "num_attention_heads", None) for inner in models):
+    heads = [getattr(inner.config.get_text_config(), "num_attention_heads", None) for inner in models]
+    if not any(heads):
         raise TypeError(
             f"{type(models[0]).__name__} has no attention heads (its config holds no num_attention_heads): there is no "
             "attention that could be exchanged"
+        )
+    if any(isinstance(number, list | tuple) for number in heads):
+        raise TypeError(
+            f"{type(models[0]).__name__} has stages with numbers of heads of their own, {heads[0]}: the attention "
+            "within its windows cannot be exchanged"
         )
     models[0].set_attn_implementation(name)
     for inner in models:
@@ -232,10 +258,18 @@ _check_and_adjust: Callable[..., Any] = PreTrainedModel._check_and_adjust_attn_i
 
 @functools.wraps(_check_and_adjust)
 def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-    if attn_implementation in ("dilated", "sparse_fixed"):
+    if attn_implementation in PATTERN_FIELDS:
         for module in (self, *self.modules()):
             if isinstance(module, PreTrainedModel):
                 read_by(type(module))
+    elif attn_implementation is None:
+        for name in PATTERN_FIELDS:
+            if fields_of(self.config, name) is not None:
+                warnings.warn(
+                    f"the configuration of {type(self).__name__} holds a pattern of {name} attention, and the model "
+                    f'attends in full: load it with attn_implementation="{name}", or with "sdpa" if that is meant',
+                    stacklevel=2,
+                )
     return _check_and_adjust(self, attn_implementation, *args, **kwargs)
 
 

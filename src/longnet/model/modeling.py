@@ -18,7 +18,7 @@ from longnet.model.blocks import LongNetBlock, LongNetPreTrainedModel, see_both_
 from longnet.model.configuration import LongNetConfig
 from longnet.model.patterns import warn_of_unseen
 from longnet.model.sequence_parallel import current_chunk, current_group, positions_of_slice, slices_here
-from longnet.model.versions import CACHE, capture_outputs, columns_of, query_offset
+from longnet.model.versions import CACHE, capture_outputs, columns_of, one_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
 from longnet.positions import RotaryPositions, Rotation, refuse_late_starts, sinusoidal
 
@@ -225,17 +225,6 @@ def _positions(hidden_states: Tensor, attention_mask: Tensor | None, past_tokens
         return columns
     positions: Tensor = torch.arange(tokens, device=hidden_states.device) + past_tokens
     return positions[None]
-
-
-def one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache that was given, under either of its names.
-
-    Raises:
-        ValueError: both were given.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
-    return past_key_values if cache is None else cache
 
 
 def _refuse_packed(position_ids: Tensor, *, to_encoder: bool = False) -> None:

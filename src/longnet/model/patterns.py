@@ -32,6 +32,26 @@ def pattern_of(config: PreTrainedConfig, layer: int = 0) -> DilationPattern:
     return DilationPattern(tuple(lengths), tuple(rates), **_options(config, layer))
 
 
+# What a config holds of a pattern, by the implementation that reads it, and what each field is where it is missing.
+PATTERN_FIELDS: dict[str, dict[str, Any]] = {
+    "dilated": {
+        "segment_lengths": None, "dilation_rates": None, "head_offsets": "mod", "queries": "kept",
+        "rotate_offsets": False,
+    },
+    "sparse_fixed": {"sparse_block": None, "sparse_summary": None, "sparse_stride": None},
+}  # fmt: skip
+
+
+def fields_of(config: PreTrainedConfig, implementation: str) -> dict[str, Any] | None:
+    """Return the fields of the pattern that a config holds for an implementation, as in JSON; None without one."""
+    fields = {
+        name: default if getattr(config, name, None) is None else getattr(config, name)
+        for name, default in PATTERN_FIELDS[implementation].items()
+    }
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    return None if next(iter(fields.values())) is None else fields
+
+
 def is_of(pattern: DilationPattern, config: PreTrainedConfig, layer: int = 0) -> bool:
     """Say whether a layer of a config holds this pattern, without making one: a decoding step is short."""
     return (

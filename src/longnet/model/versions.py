@@ -55,6 +55,38 @@ TAKES_COLUMNS = "cache_position" in inspect.signature(sdpa_mask).parameters
 TELLS_WHAT_TO_RECORD = hasattr(Cache, "activate_past_recording")
 
 
+def one_of(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache that was given, under either of its names.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "cache and past_key_values are two names of one argument: give one of them. (PEFT hands a prefix on by the "
+            "old name, beside the cache of generate(), where it would be lost: call model(ids) itself.)"
+        )
+    return past_key_values if cache is None else cache
+
+
+def refuse_tracing(name: str, *, has_cache: bool) -> None:
+    """Refuse what writes down a pass as a graph of another kind than torch.compile's and torch.export's.
+
+    Raises:
+        ValueError: torch.jit.trace, or torch.export of a pass with a cache, as ExecuTorch wants it.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise ValueError(
+            f"torch.jit.trace cannot record {name} attention, nor torch.onnx.export with dynamo=False: use "
+            'torch.export.export without a cache, or attn_implementation="sdpa"'
+        )
+    if has_cache and torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export, and so ExecuTorch, cannot record {name} attention with a cache, whose length a graph would "
+            'not know: export with use_cache=False, or with attn_implementation="sdpa"'
+        )
+
+
 def query_offset(cache: Cache) -> Any:
     """Return the column of the next token in a padding mask: an int, or a 0-D tensor from a static cache.
 
