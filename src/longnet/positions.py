@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,12 @@ class RotaryPositions(nn.Module):
         self.max_position_embeddings = max_position_embeddings
         # An integer buffer: `model.to(torch.bfloat16)` leaves it alone.
         self.register_buffer("turn_steps", turn_steps(theta, head_dim), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Compute the steps anew beside the weights that are loaded: after `to_empty` they are whatever lay there."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        steps = turn_steps(self.theta, self.head_dim)
+        self.turn_steps = steps if self.turn_steps.is_meta else steps.to(self.turn_steps.device)
 
     def forward(
         self, position_ids: Tensor, *, dtype: torch.dtype, period: int | None = None

@@ -6,6 +6,7 @@
 | tried here | a config.json with another number of layers, or width | one line that names the weights, status 2 |
 | tried here | `model.safetensors` cut off | one line, status 2 |
 | tried here | NaN in a weight | one line that names it, status 2 |
+| torchtitan's way | meta device, `to_empty`, `load_state_dict`: rotary steps were what lay in memory | the logits |
 | tried here | `evaluate` of BertForMaskedLM | one line, status 2: no perplexity |
 """
 
@@ -26,7 +27,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
+from longnet import (
+    DilationPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    use_dilated_attention,
+)
 from longnet.cli.model import load_model
 from longnet.evaluation.scoring import refuse_sight_of_later_tokens
 
@@ -174,3 +181,23 @@ def test_an_encoder_gets_no_perplexity(call, words, tmp_path, capsys):
 def test_causal_models_see_nothing_later(make, dtype):
     torch.manual_seed(0)
     refuse_sight_of_later_tokens(make().eval().to(dtype))
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "xpos", "learned", "sinusoidal"])
+@pytest.mark.parametrize(("kind", "is_causal"), [(LongNetForCausalLM, True), (LongNetForSequenceClassification, False)])
+def test_what_is_no_weight_is_right_after_the_meta_device(kind, is_causal, position_embedding):
+    config = LongNetConfig(
+        **SIZES, intermediate_size=48, position_embedding=position_embedding, is_causal=is_causal,
+        segment_lengths=[4, 32], dilation_rates=[1, 2], pad_token_id=0,
+    )  # fmt: skip
+    model = kind(config).eval()
+    with torch.device("meta"):
+        empty, assigned = kind(config), kind(config)
+    empty.to_empty(device="cpu")
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        tensor.data.fill_(torch.nan if tensor.is_floating_point() else 99)
+    empty.load_state_dict(model.state_dict())
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    ids = torch.arange(1, 41).reshape(2, 20)
+    for again in (empty, assigned):
+        torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits)

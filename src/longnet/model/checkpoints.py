@@ -23,7 +23,6 @@ from longnet.model.slides import (
     segments_for,
 )
 from longnet.model.tails import TailKind
-from longnet.positions import RotaryPositions, turn_steps
 
 _Model = TypeVar("_Model", bound=LongNetPreTrainedModel)
 
@@ -346,9 +345,6 @@ def _fill(kind: type[_Model], config: LongNetConfig, weights: dict[str, Tensor],
         more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise ValueError(f"{path} does not fit {kind.__name__}: {'; '.join(complaints[:8])}{more}")
     model.load_state_dict({name: weight for name, (_, weight) in named.items()}, strict=False, assign=True)
-    for module in model.modules():
-        if isinstance(module, RotaryPositions):
-            module.turn_steps = turn_steps(module.theta, module.head_dim)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)

@@ -136,8 +136,9 @@ def _dense_mask(call: Call) -> str | None:
     if not isinstance(call.mask, Tensor):
         return None
     return (
-        f"a mask of shape {tuple(call.mask.shape)} cannot be honoured: pass a 2-D padding mask (batch, tokens), or "
-        "cu_seq_lens for packed documents"
+        f"a dense mask of shape {tuple(call.mask.shape)}, given or made by the model itself, cannot be honoured: pass "
+        "a 2-D padding mask (batch, tokens), or cu_seq_lens for packed documents; a model that makes it itself cannot "
+        "be dilated"
     )
 
 

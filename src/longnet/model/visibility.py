@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -63,8 +63,24 @@ class Visible:
             'attend in full only, with attn_implementation="sdpa" or "eager"'
         )
 
-    __getitem__ = __add__ = __radd__ = __mul__ = __and__ = __or__ = __invert__ = _refuse_to_be_computed_with
-    masked_fill = expand = float = _refuse_to_be_computed_with
+    def __getitem__(self, index: Any) -> Visible:
+        """Return the mask of the last queries alone, mask[:, :, -n:, :], which models cut off that need no others."""
+        every = slice(None)
+        if (
+            not isinstance(index, tuple)
+            or len(index) != 4
+            or (index[0], index[1], index[3]) != (every, every, every)
+            or not isinstance(index[2], slice)
+            or (index[2].stop, index[2].step) != (None, None)
+            or self.slices is not None
+        ):
+            self._refuse_to_be_computed_with()
+        return replace(self, q_tokens=len(range(self.q_tokens)[index[2]]))
+
+    __add__ = __radd__ = __mul__ = __and__ = __or__ = __invert__ = _refuse_to_be_computed_with
+    __sub__ = __rsub__ = __matmul__ = __rmul__ = __rand__ = __ror__ = _refuse_to_be_computed_with
+    masked_fill = expand = float = repeat = view = reshape = _refuse_to_be_computed_with
+    squeeze = unsqueeze = transpose = permute = sum = any = all = logical_not = eq = ne = _refuse_to_be_computed_with
     dtype = property(_refuse_to_be_computed_with)
 
     def contiguous(self) -> Visible:
