@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     StaticCache,
     Trainer,
@@ -230,6 +231,35 @@ def test_trainer_resumes(family, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-4"))
     for a, b in zip(model.parameters(), start.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.feature("Trainer: evaluate, compute_metrics, early stopping, best model")
+@pytest.mark.parametrize("family", CAUSAL)
+def test_trainer_evaluates(family, tmp_path):
+    """It stops at the second evaluation that is no better, and has the weights of the first again."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens_of(4, 20)]
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {"falls": -len(shapes)}
+
+    model = dilated(build(family, tie_word_embeddings=True), BRANCHES)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="falls", greater_is_better=True, use_cpu=True,
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics,
+        callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert shapes == [(4, 20, 101)] * 3
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] != losses[2]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.feature("PEFT LoRA: train, save, reload, merge")
