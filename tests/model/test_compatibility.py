@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    DynamicCache,
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     StaticCache,
@@ -131,6 +132,22 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
             parts.append(compiled(ids[:, t : t + 1], **step).logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], full[mask.bool()], atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["LongNet", "Llama"])
+def test_compiled_prefill_with_a_cache(family, kind):
+    torch._dynamo.reset()
+    model = dilated(build(family, **one_layer(family)), BRANCHES)
+    ids = tokens_of(2, TOKENS)
+    cache = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=50),
+    }[kind]()
+    compiled = torch.compile(model.forward, backend="eager")
+    with torch.no_grad():
+        parts = [compiled(part, **{CACHE: cache}, use_cache=True).logits for part in ids.split([20, 17], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.feature("activation checkpointing")
