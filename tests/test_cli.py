@@ -98,6 +98,15 @@ def test_the_version_is_the_packages(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == longnet.__version__
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """Where the tests run in the background, the shell has them ignore it, and their children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("when", ["at once", "later"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_is_one_line_and_status_130(command, when, tmp_path):
@@ -122,6 +131,7 @@ def test_ctrl_c_is_one_line_and_status_130(command, when, tmp_path):
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "longnet: stopped by Ctrl-C\n")
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_at_work_is_one_line_and_status_130(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(
