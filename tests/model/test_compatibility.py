@@ -28,6 +28,7 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.pytorch_utils import Conv1D
 
+from longnet.model import DilatedCache
 from longnet.model.versions import CACHE, checkpoint_layers
 from model.families import (
     BRANCHES,
@@ -134,7 +135,7 @@ def test_compiled_decoding_does_not_recompile_at_each_token(family):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "dilated"])
 @pytest.mark.parametrize("family", ["LongNet", "Llama"])
 def test_compiled_prefill_with_a_cache(family, kind):
     torch._dynamo.reset()
@@ -143,10 +144,11 @@ def test_compiled_prefill_with_a_cache(family, kind):
     cache = {
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=50),
+        "dilated": lambda: DilatedCache(model.config),
     }[kind]()
     compiled = torch.compile(model.forward, backend="eager")
     with torch.no_grad():
-        parts = [compiled(part, **{CACHE: cache}, use_cache=True).logits for part in ids.split([20, 17], 1)]
+        parts = [compiled(part, **{CACHE: cache}, use_cache=True).logits for part in ids.split([20, 16, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 

@@ -67,8 +67,8 @@ def dilated_attention_forward(
     Raises:
         ValueError: no pattern in the config, or something that dilated attention cannot honour.
     """
-    if is_within_chunk() and torch.compiler.is_compiling():
-        # What each chunk and layer has of its own stays out of what is compiled, which then serves all of them.
+    if torch.compiler.is_compiling() and (is_within_chunk() or isinstance(key, StreamedKeys)):
+        # What each chunk, layer and cache has of its own stays out of what is compiled, which then serves all of them.
         uncompiled = _attend_uncompiled(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
         return cast("tuple[Tensor, None]", uncompiled)
     config = cast("PreTrainedConfig", module.config)
