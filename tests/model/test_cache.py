@@ -359,7 +359,8 @@ def growth(chunk, tokens):
     return peak_bytes(CPU) - before
 
 growth(1024, 4096)  # libraries load their parts
-print(growth(2048, 2**13), growth(2048, 2**17), growth(16384, 2**17))
+for case in ((2048, 2**13), (2048, 2**17), (16384, 2**17)):
+    print(min(growth(*case) for _ in range(2)))  # the first holds what is loaded or grows once, too
 """
 
 
