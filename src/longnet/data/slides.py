@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def count_tiles(path: Path) -> int:
             raise ValueError(f"{path} is damaged: {error}") from None
     if path.suffix in (".h5", ".hdf5"):
         with _open_hdf5(path) as file:
-            return _tiles(path, file[_name(path, file, _FEATURES)].shape)
+            return _tiles(path, _dataset(path, file, _FEATURES).shape)
     return len(read_slide(path).tile_embeds)
 
 
@@ -97,7 +98,7 @@ def read_slide(path: Path) -> SlideFeatures:
     step: Any = None
     if path.suffix in (".h5", ".hdf5"):
         with _open_hdf5(path) as file:
-            features, coords = (file[_name(path, file, names)] for names in (_FEATURES, _COORDS))
+            features, coords = (_dataset(path, file, names) for names in (_FEATURES, _COORDS))
             step = coords.attrs.get(_STEP, file.attrs.get(_STEP))
             try:
                 held = [torch.from_numpy(data[()]) for data in (features, coords)]
@@ -117,12 +118,19 @@ def read_slide(path: Path) -> SlideFeatures:
 
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{path} is damaged, or holds more than tensors: {str(error).splitlines()[0]}") from None
-        if isinstance(data, Tensor):
-            raise ValueError(f"{path} holds features without coords: save {{'features': …, 'coords': …}}")
-        held = [torch.as_tensor(data[_name(path, data, names)]) for names in (_FEATURES, _COORDS)]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:  # KeyError: an opcode there is not
+            why = (str(error).splitlines() or ["it ends too early"])[0]
+            raise ValueError(f"{path} is damaged, or holds more than tensors: {why}") from None
+        if not isinstance(data, dict):
+            what = "features without coords" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+            raise ValueError(f"{path} holds {what}: save {{'features': …, 'coords': …}}")
+        try:
+            held = [torch.as_tensor(data[_name(path, data, names)]) for names in (_FEATURES, _COORDS)]
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds features or coords that are no numbers: {error}") from None
         step = data.get(_STEP)
+    if any(x.layout != torch.strided or x.is_complex() for x in held):
+        raise ValueError(f"{path} holds features or coords that are sparse or complex: save dense, real ones")
     features, coords = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in held)
     tiles = _tiles(path, features.shape)
     if features.ndim != 2 or coords.shape != (tiles, 2):
@@ -133,14 +141,31 @@ def read_slide(path: Path) -> SlideFeatures:
         raise ValueError(f"{path} holds features that are not finite")
     if not coords.is_floating_point():
         coords = coords.to(torch.int64)  # some write uint32
-    return SlideFeatures(features, coords, None if step is None else float(step))
+    return SlideFeatures(features, coords, None if step is None else _pixels(path, step))
+
+
+def _pixels(path: Path, step: Any) -> float:
+    try:
+        pixels = float(step)
+    except (TypeError, ValueError):
+        pixels = math.nan
+    if not 0 < pixels < math.inf:
+        raise ValueError(f"{path} says {_STEP} = {step}, which must be a number of pixels above 0")
+    return pixels
 
 
 def _name(path: Path, held: Any, names: Sequence[str]) -> str:
     for name in names:
         if name in held:
             return name
-    raise ValueError(f"{path} holds no {names[0]}: it holds {', '.join(sorted(held)) or 'nothing'}")
+    raise ValueError(f"{path} holds no {names[0]}: it holds {', '.join(sorted(map(str, held))) or 'nothing'}")
+
+
+def _dataset(path: Path, file: Any, names: Sequence[str]) -> Any:
+    data = file[_name(path, file, names)]
+    if not hasattr(data, "shape"):
+        raise ValueError(f"{path} holds a group called {names[0]}, where numbers are expected")
+    return data
 
 
 def _tiles(path: Path, shape: Sequence[int]) -> int:

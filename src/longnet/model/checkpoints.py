@@ -400,7 +400,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # fairseq keeps its arguments beside
             held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:  # KeyError: text
         raise ValueError(f"{path} cannot be read as tensors alone, which is all that is read: {error}") from None
     for wrapper in ("model", "teacher", "module", "state_dict"):
         if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
