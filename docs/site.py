@@ -18,10 +18,9 @@ PAGES, SITE = ROOT / "build" / "pages", ROOT / "build" / "site"
 
 
 def lay_out() -> None:
-    """Lay pages, the explorer, and the files that pages link to into one folder."""
+    """Lay pages, and the files that they link to, into one folder."""
     shutil.rmtree(ROOT / "build", ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    shutil.copy(ROOT / "src/longnet/explorer/pattern.html", PAGES / "explorer.html")
     waiting = [(page, ROOT / "docs" / page.relative_to(PAGES)) for page in sorted(PAGES.rglob("*.md"))]
     for page, source in waiting:  # which grows
         text = page.read_text(encoding="utf-8")
@@ -37,6 +36,9 @@ def lay_out() -> None:
                     waiting.append((target, linked))
             text = text.replace(f"]({link}", f"]({os.path.relpath(target, page.parent)}")
         page.write_text(text, encoding="utf-8")
+    hidden = [page for page in PAGES.rglob("*.html") if page.with_suffix(".md").exists()]
+    if hidden:
+        sys.exit(f"a page of the same name would be built over {', '.join(map(str, hidden))}")
 
 
 class _Page(html.parser.HTMLParser):

@@ -8,9 +8,11 @@ from longnet import DilationPattern
 from longnet.plots import (
     _COLOURS,
     Curve,
+    css_variables,
     draw_curves,
     draw_pattern,
     draw_runtime,
+    inline_svg,
     name_count,
     name_length,
     visibility,
@@ -78,12 +80,46 @@ def test_a_chart_says_what_its_lines_are_beside_them_and_leaves_colours_to_the_p
     assert {"context (tokens)", "loss (nats)", "training length", "nothing", "512", "2K"} <= set(
         re.findall(r">([^<>]+)</text>", svg)
     )
-    assert set(re.findall(r"(?<!, )#[0-9a-f]{6}", svg)) == set()  # none but as a variable's value
+    style = re.search(r"<style>.*?</style>", svg)[0]
+    assert set(re.findall(r"(?<!, )#[0-9a-f]{6}", svg.replace(style, ""))) == set()  # none but as a variable's value
+    assert css_variables("light") in style.partition("@media")[0]  # as <img>, beyond the reach of a page's variables
+    assert css_variables("dark") in style.partition("@media (prefers-color-scheme: dark)")[2]
+    assert "<style>" not in inline_svg(path, "a <chart>")
+    assert 'aria-label="a &lt;chart&gt;"' in inline_svg(path, "a <chart>")
     assert min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)) >= 11
     again = tmp_path / "again" / "chart.svg"
     again.parent.mkdir()
     draw_curves(curves, again, x="context (tokens)", y="loss (nats)", mark=(2048, "training length"), zero="nothing")
     assert again.read_text() == svg
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_colour_stands_out_from_the_paper(scheme):
+    """Three to one, which the accessibility guidelines (WCAG 2.1) ask of graphics; grid lines are to be faint."""
+
+    def luminance(colour):
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        shares = [share / 12.92 if share <= 0.03928 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return sum(weight * share for weight, share in zip((0.2126, 0.7152, 0.0722), shares, strict=True))
+
+    colours = dict(re.findall(r"--([\w-]+): (#\w+);", css_variables(scheme)))
+    paper = luminance(colours.pop("paper"))
+    del colours["line"]
+    assert set(colours) == {name.replace("_", "-") for name in _COLOURS} - {"line"}
+    for name, colour in colours.items():
+        low, high = sorted((paper, luminance(colour)))
+        assert (high + 0.05) / (low + 0.05) >= 3, name
+
+
+def test_places_within_a_decade_have_few_marks(tmp_path):
+    flops = [1.9548e13, 2.4058e13, 4.2097e13]
+    curve = Curve("Transformer", flops, [54.0, 86.0, 117.0], kind="sdpa", names=["256", "1K", "4K"])
+    draw_curves([curve], tmp_path / "flops.svg", x="FLOPs", y="perplexity", scale="log")
+    svg = (tmp_path / "flops.svg").read_text()
+    marks = [(float(x), text) for x, text in re.findall(r'<text [^>]*? x="([-\d.]+)"[^>]*>([^<]*e13)</text>', svg)]
+    assert len(marks) >= 2
+    assert all(right - left > 8 * len(text) for (left, text), (right, _) in itertools.pairwise(marks))
 
 
 def test_run_times_are_lines_of_both_attentions_and_of_the_flops(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import math
@@ -18,7 +19,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from longnet.attention.pattern import DilationPattern
 
@@ -40,6 +41,17 @@ _COLOURS = {
     "window": "#b04a7a",
     "other": "#7a5ea8",
 }
+_DARK = {
+    "ink": "#dfe6e9",
+    "faint": "#9fadb4",
+    "line": "#333d42",
+    "dilated": "#5aa9e6",
+    "sdpa": "#ffb37a",
+    "sparse_fixed": "#e2ee9a",
+    "window": "#f0a0c8",
+    "other": "#b9a3e3",
+}
+_PAPER = {"light": "#fff", "dark": "#14191c"}
 _FONT = 11.5  # points of an SVG, which are a page's pixels where it is shown at its own size
 _WIDTH, _HEIGHT = 358, 270  # points: a phone's column; wider pages enlarge it
 
@@ -278,8 +290,8 @@ def draw_curves(
 
     Args:
         curves: what to draw.
-        path: an .svg, with text as text and colours as CSS variables, so that the page it is put into may show it
-            dark.
+        path: an .svg, with text as text and colours as CSS variables, which follow the reader's light or dark scheme
+            or, where `inline_svg` puts it into a page, the page's.
         x: name of the horizontal axis, with its unit.
         y: name of the vertical axis, with its unit.
         scale: of the horizontal axis: "tokens" for a few lengths, named 512, 2K, …, on a logarithmic one. Places are
@@ -297,13 +309,14 @@ def draw_curves(
     with rc_context(settings):  # type: ignore[arg-type]
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, layout="constrained")
         ax = figure.subplots()
-        for curve in curves:
-            _draw_curve(ax, curve, is_dense=scale == "linear")
+        for index, curve in enumerate(curves):
+            _draw_curve(ax, curve, index, is_dense=scale == "linear")
         if scale == "log":
             ax.set_xscale("log")
             every = [place for curve in curves for place in curve.x]
-            few = max(every) < 1000 * min(every)
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=6))
+            span = max(every) / min(every)
+            ticks = LogLocator(subs=(1, 2, 5) if span < 1000 else (1,), numticks=6)
+            ax.xaxis.set_major_locator(ticks if span >= 10 else MaxNLocator(4))  # too few marks, or too close
             ax.xaxis.set_major_formatter(lambda value, _: name_count(value))
             ax.xaxis.set_minor_formatter(NullFormatter())
         elif scale == "tokens":
@@ -333,13 +346,15 @@ def draw_curves(
             ax.annotate(mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), xytext=(-3, 0),
                         textcoords="offset points", ha="right", va="top", rotation=90,
                         color=_COLOURS["faint"])  # fmt: skip
+        if any(curve.names for curve in curves):
+            ax.margins(x=0.1)  # room for the last name, before the labels
         _label_ends(ax, curves)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     path.write_text(_with_variables(text.getvalue()), encoding="utf-8")
 
 
-def _draw_curve(ax: Axes, curve: Curve, *, is_dense: bool) -> None:
+def _draw_curve(ax: Axes, curve: Curve, index: int, *, is_dense: bool) -> None:
     colour = _COLOURS.get(curve.kind, _COLOURS["other"])
     line = ("-", "--", ":", "-.")[curve.style % 4] if curve.joined else "none"
     marker = None if is_dense and curve.joined else ("o", "s", "^", "D")[curve.style % 4]
@@ -347,8 +362,10 @@ def _draw_curve(ax: Axes, curve: Curve, *, is_dense: bool) -> None:
     if curve.error is not None:
         bars = [2 * (error or 0) for error in curve.error]
         ax.errorbar(curve.x, curve.y, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+    beside: tuple[tuple[int, int], str] = (((4, 4), "left"), ((4, -13), "left"), ((-5, 4), "right"))[index % 3]
     for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
-        ax.annotate(name, (place, value), xytext=(4, 4), textcoords="offset points", color=colour)
+        # Curves that meet have their names on different sides of the place.
+        ax.annotate(name, (place, value), xytext=beside[0], textcoords="offset points", ha=beside[1], color=colour)
 
 
 def _label_ends(ax: Axes, curves: Sequence[Curve]) -> None:
@@ -388,7 +405,31 @@ def _with_variables(svg: str) -> str:
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
     used = set(re.findall(r"#(\w+)", svg))
     svg = re.sub(r' id="(\w+)"', lambda found: found[0] if found[1] in used else "", svg)
-    return re.sub(r"<svg [^>]*>", f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">', svg)
+    # Shown by itself, or as <img>, a picture has its own paper: no page's variables reach it there.
+    own = (
+        f"<style>svg {{ color-scheme: light dark; {css_variables('light')} background: var(--paper) }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {css_variables('dark')} }} }}</style>"
+    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">{own}'
+    return re.sub(r"<svg [^>]*>", head, svg)
+
+
+def css_variables(scheme: Literal["light", "dark"]) -> str:
+    """Return the colours of charts, and of the page below them, as CSS declarations."""
+    colours = {"paper": _PAPER[scheme], **(_COLOURS if scheme == "light" else _DARK)}
+    return " ".join(f"--{name.replace('_', '-')}: {colour};" for name, colour in colours.items())
+
+
+def inline_svg(path: Path, title: str) -> str:
+    """Return a chart as part of an HTML page, whose CSS variables give its colours.
+
+    Args:
+        path: an .svg that `draw_curves` wrote.
+        title: what it shows, for those who do not see it.
+    """
+    svg = re.sub(r"<style>.*?</style>", "", path.read_text(encoding="utf-8"), count=1, flags=re.DOTALL)
+    svg = svg.replace(' xmlns="http://www.w3.org/2000/svg"', "")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def name_length(tokens: int) -> str:

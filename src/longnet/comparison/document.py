@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from longnet.plots import css_variables, inline_svg
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -116,10 +118,11 @@ class Document:
                     parts.append(f"<pre>{html.escape(text)}</pre>")
                 case Picture(path, caption):
                     said = html.escape(caption)
-                    parts.append(f"<figure>{_picture(path, said)}<figcaption>{said}</figcaption></figure>")
+                    parts.append(f"<figure>{_picture(path, caption)}<figcaption>{said}</figcaption></figure>")
                 case Table(head, rows, caption):
                     parts.append(_html_table(head, rows, caption))
-        return _PAGE.format(title=html.escape(self.title), body="\n".join(parts))
+        colours = {scheme: css_variables(scheme) for scheme in ("light", "dark")}
+        return _PAGE.format(title=html.escape(self.title), body="\n".join(parts), **colours)
 
 
 def write_text(text: str, path: Path) -> None:
@@ -130,12 +133,11 @@ def write_text(text: str, path: Path) -> None:
     partial.replace(path)
 
 
-def _picture(path: Path, said: str) -> str:
+def _picture(path: Path, caption: str) -> str:
     if path.suffix == ".svg":
-        svg = path.read_text(encoding="utf-8").replace(' xmlns="http://www.w3.org/2000/svg"', "")
-        return svg.replace("<svg ", f'<svg role="img" aria-label="{said}" ', 1)
+        return inline_svg(path, caption)
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{said}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
@@ -150,7 +152,7 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str
             f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True)
         ) + "</tr>"  # fmt: skip
 
-    said = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    said = f"<caption><span>{html.escape(caption)}</span></caption>" if caption else ""
     body = "".join(line("td", row) for row in rows)
     return f'<div class="t"><table>{said}<thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>'
 
@@ -170,14 +172,8 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --ink: #1d2428; --paper: #fff; --faint: #5d6a72; --line: #d8dfe2; --back: #f4f6f7;
-  --dilated: #0f4c75; --sdpa: #c4631c; --sparse-fixed: #8a9a2b; --window: #b04a7a;
-  --other: #7a5ea8; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #dfe6e9; --paper: #14191c; --faint: #9fadb4; --line: #333d42; --back: #1d2428;
-    --dilated: #5aa9e6; --sdpa: #ffb37a; --sparse-fixed: #e2ee9a; --window: #f0a0c8;
-    --other: #b9a3e3; }}
-}}
+:root {{ color-scheme: light dark; --back: #f4f6f7; {light} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --back: #1d2428; {dark} }} }}
 body {{ font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }}
 p, li, figcaption {{ max-width: 60rem; }}
@@ -187,6 +183,7 @@ h2 {{ font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line
 .t {{ overflow-x: auto; margin: 1rem 0; }}
 table {{ border-collapse: collapse; font-size: .92rem; }}
 caption {{ text-align: left; color: var(--faint); padding-bottom: .4rem; }}
+caption span {{ position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2rem); }}
 th, td {{ padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 th {{ border-bottom-width: 2px; white-space: normal; vertical-align: bottom; }}
 td.l {{ white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }}
