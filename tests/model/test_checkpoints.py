@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import longnet
 from longnet.model import checkpoints, slides
@@ -20,7 +21,7 @@ _ENCODERS = {
 _KINDS = {
     "subln_xpos": {},
     "subln_nopos_tied": {},
-    "preln_learned_scaled_tied": {"scale_embedding": True},
+    "preln_learned_scaled_tied": {"scale_embedding": True, "deepnorm": False},
     "deepnorm": {"deepnorm": True},
 }
 
@@ -190,10 +191,147 @@ def test_what_does_not_fit_is_named(tmp_path):
     torch.save({"model": Path("anything")}, tmp_path / "pickle.pth")
     with pytest.raises(ValueError, match=r"holds no patch_embed\.proj\.weight"):
         longnet.load_gigapath(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="cannot be read as tensors alone"):
+    with pytest.raises(ValueError, match=r"pickle\.pth holds more than tensors \(pathlib\.\w+\), which is not read"):
         longnet.load_gigapath(tmp_path / "pickle.pth")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         longnet.load_gigapath(tmp_path / "nothing.pth")
+
+
+LOADERS = {
+    "gigapath": (
+        lambda: Golden("longnetvit_small").weights(),
+        lambda path: longnet.load_gigapath(path, 4, (8, 16, 32), (1, 2, 4)),
+        ("patch_embed.proj.weight", "encoder.layers.0.ffn.fc1.weight"),
+    ),
+    "longvit": (
+        lambda: {**Golden("longvit_small").weights(), **Golden("longvit_small").weights("classifier/")},
+        lambda path: longnet.load_longvit(path, 4, (8, 16, 32), (1, 2, 4)),
+        ("backbone.patch_embed.proj.weight", "backbone.pos_embed", "backbone.encoder.layers.0.ffn.fc1.weight",
+         "head.weight"),
+    ),
+    "lm": (
+        lambda: Golden("decoder_lm_small").weights("preln_learned_scaled_tied/weights/"),
+        lambda path: longnet.load_torchscale_lm(path, 4, (8, 16, 32), (1, 2, 4), deepnorm=False),
+        ("embed_tokens.weight", "embed_positions.weight", "layers.0.ffn.fc1.weight"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x.new_ones(()), torch.flatten, lambda x: x[None], lambda x: x[:0]],
+    ids=["no axis", "one axis", "an axis more", "no row"],
+)
+def test_a_tensor_of_other_axes_is_named_with_what_is_expected(loader, spoil, tmp_path):
+    make, load, sized = LOADERS[loader]
+    weights = make()
+    for name, weight in weights.items():
+        if spoil(weight).shape == weight.shape:
+            continue
+        torch.save(weights | {name: spoil(weight)}, tmp_path / "file.pth")
+        with pytest.raises(ValueError, match="is expected") as raised:
+            load(tmp_path / "file.pth")
+        said = str(raised.value)
+        assert str(tmp_path / "file.pth") in said
+        assert name in said
+        assert str(tuple(spoil(weight).shape)) in said
+        assert ("does not fit" in said) is not any(known.endswith(name) for known in sized)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_weights_that_no_model_computes_with_are_named(loader, tmp_path):
+    make, load, _ = LOADERS[loader]
+    weights = make()
+    name = next(name for name in weights if name.endswith("layers.1.ffn.fc2.weight"))
+    for change, says in (
+        (lambda x: x.index_fill(0, torch.tensor(3), torch.nan), r"NaN or infinite, 1 in all \("),
+        (lambda x: x / 0, r"NaN or infinite, 1 in all \("),
+        (lambda x: x.long(), r"not dense floating-point numbers, 1 in all \(.*: int64\)"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"1 in all \(.*: float8_e4m3fn\)"),
+        (lambda x: x.to_sparse(), r"1 in all \(.*: float32, sparse\)"),
+        (lambda x: x.to(torch.complex64), r"1 in all \(.*: complex64\)"),
+    ):
+        torch.save(weights | {name: change(weights[name])}, tmp_path / "file.pth")
+        with pytest.raises(ValueError, match=says) as raised:
+            load(tmp_path / "file.pth")
+        assert str(tmp_path / "file.pth") in str(raised.value)
+        assert "layers.1.ffn.fc2.weight" in str(raised.value)
+    torch.save(weights | {name: weights[name].half()}, tmp_path / "mixed.pth")
+    dtypes = {parameter.dtype for parameter in load(tmp_path / "mixed.pth").parameters()}
+    assert dtypes == {torch.float32}  # nothing is lost, and a layer finds its input in its dtype
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_damaged_file_is_named(loader, tmp_path):
+    make, load, _ = LOADERS[loader]
+    weights = make()
+    save_file(weights, tmp_path / "cut.safetensors")
+    torch.save(weights, tmp_path / "cut.pth")
+    for path in (tmp_path / "cut.safetensors", tmp_path / "cut.pth"):
+        whole = path.read_bytes()
+        for part in (b"", whole[:7], whole[: len(whole) // 2], b"hello" * 99):
+            path.write_bytes(part)
+            with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+                load(path)
+    with pytest.raises(ValueError, match="is a folder" if loader == "lm" else "cannot be loaded"):
+        load(tmp_path)
+
+
+def test_heads_and_layers_that_cannot_be_are_told(tmp_path):
+    weights = Golden("longnetvit_small").weights()
+    torch.save(weights, tmp_path / "file.pth")
+    for heads in (0, 5):
+        with pytest.raises(ValueError, match=rf"file\.pth is 48 wide, which num_heads={heads} does not divide"):
+            longnet.load_gigapath(tmp_path / "file.pth", heads)
+    torch.save(
+        {name.replace("layers.1.", "layers.7."): weight for name, weight in weights.items()}, tmp_path / "gap.pth"
+    )
+    with pytest.raises(ValueError, match=r"gap\.pth holds 2 layers, up to layer 7, and none is layer 1"):
+        longnet.load_gigapath(tmp_path / "gap.pth", 4)
+
+
+def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path):
+    _, model = load_slides("small", tmp_path)
+    model.save_pretrained(tmp_path / "folder")
+    held = load_file(tmp_path / "folder" / "model.safetensors")
+    name = "layers.1.mlp.fc2.weight"
+    for change, says in (
+        ({name: None}, r"1 missing \(layers\.1\.mlp\.fc2\.weight\)"),
+        ({name: held[name][:-1].clone()}, r"1 of another shape \(layers\.1\.mlp\.fc2\.weight \[47, 192\]"),
+        ({name: held[name] / 0}, r"NaN or infinite, 1 in all \(layers\.1\.mlp\.fc2\.weight\)"),
+        ({"more": torch.zeros(1)}, r"1 of no use to this model \(more\)"),
+    ):
+        changed = {key: weight for key, weight in (held | change).items() if weight is not None}
+        save_file(changed, tmp_path / "folder" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=says):
+            longnet.load_gigapath(tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"the weights in .*folder are damaged"):
+        longnet.load_gigapath(tmp_path / "folder")
+    longnet.LongNetConfig.preset("tiny").save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match="holds a model of type 'longnet', where 'longnet_slides' is expected"):
+        longnet.load_gigapath(tmp_path / "lm")
+    with pytest.raises(ValueError, match="where 'longnet_images' is expected"):
+        longnet.load_longvit(tmp_path / "lm")
+
+
+@pytest.mark.parametrize("kind", ["deepnorm", "deepnorm, behind the sublayers", "preln_learned_scaled_tied"])
+def test_deepnorm_is_asked_for_where_no_tensor_tells(kind, tmp_path):
+    settings = 4, (8, 16, 32), (1, 2, 4)
+    weights = Golden("decoder_lm_small").weights(f"{kind.split(',')[0]}/weights/")
+    if "behind" in kind:
+        del weights["layer_norm.weight"], weights["layer_norm.bias"]
+    torch.save(weights, tmp_path / "lm.pt")
+    with pytest.raises(ValueError, match=r"lm\.pt has no sub-LayerNorms.*deepnorm=True .*= 1\.414.*deepnorm=False"):
+        longnet.load_torchscale_lm(tmp_path / "lm.pt", *settings)
+    for answer in (True, False):
+        config = longnet.load_torchscale_lm(tmp_path / "lm.pt", *settings, deepnorm=answer).config
+        assert (config.deepnorm, config.post_layernorm) == (answer, "behind" in kind)
+    torch.save(Golden("decoder_lm_small").weights("subln_xpos/weights/"), tmp_path / "magneto.pt")
+    assert not longnet.load_torchscale_lm(tmp_path / "magneto.pt", *settings).config.deepnorm
+    with pytest.raises(ValueError, match=r"magneto\.pt has sub-LayerNorms, .*: leave deepnorm out"):
+        longnet.load_torchscale_lm(tmp_path / "magneto.pt", *settings, deepnorm=True)
 
 
 def test_segments_are_the_authors():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, LongNetImageConfig, LongNetSlideConfig
 
 
 def test_the_default_is_the_papers_model():
@@ -106,6 +106,38 @@ def test_a_wrong_value_is_a_clear_error(fields, error, says, tmp_path):
     LongNetConfig().save_pretrained(tmp_path)
     with pytest.raises(error, match=says):
         LongNetConfig.from_pretrained(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "error", "says"),
+    [
+        (
+            LongNetSlideConfig,
+            {"tile_sizes": 1},
+            TypeError,
+            "LongNetSlideConfig has no field .*: did you mean 'tile_size'",
+        ),
+        (LongNetSlideConfig, {"d_model": 1}, TypeError, "LongNetSlideConfig has no field .* 'hidden_size'"),
+        (LongNetSlideConfig, {"tile_size": "256"}, TypeError, "tile_size must be int, got '256'"),
+        (LongNetSlideConfig, {"tile_size": 0}, ValueError, "tile_size must be at least 1"),
+        (LongNetSlideConfig, {"head_norm_eps": 0.0}, ValueError, "head_norm_eps must be above 0"),
+        (LongNetSlideConfig, {"classifier_pool": "max"}, ValueError, "classifier_pool must be one of"),
+        (LongNetSlideConfig, {"classifier_layers": 11}, TypeError, "classifier_layers must be tuple"),
+        (
+            LongNetImageConfig,
+            {"img_size": 1},
+            TypeError,
+            "LongNetImageConfig has no field .*: did you mean 'image_size'",
+        ),
+        (LongNetImageConfig, {"patch_size": 3.5}, TypeError, "patch_size must be int"),
+    ],
+)
+def test_the_fields_of_a_derived_configuration_are_checked_as_its_own(kind, fields, error, says, tmp_path):
+    with pytest.raises(error, match=says):
+        kind(**fields)
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(error, match=says):
+        kind.from_pretrained(tmp_path, **fields)
 
 
 def test_whole_numbers_do_for_floats():

@@ -19,7 +19,7 @@ def convert(
     max_wsi_size: int = 262_144,
     tile_size: int = 256,
     classifier_layers: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (11,),
-    deepnorm: bool = False,
+    deepnorm: bool | None = None,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
 ) -> None:
@@ -38,17 +38,18 @@ def convert(
         max_wsi_size: Of GigaPath: side of the largest slide in training, in pixels.
         tile_size: Of GigaPath: side of a tile, in pixels.
         classifier_layers: Of fine-tuned GigaPath files: which of the L + 1 embeddings the classifier reads.
-        deepnorm: Of language models: DeepNorm.
+        deepnorm: Of language models without sub-LayerNorms: DeepNorm's factor (2L)^¼, or 1 with --no-deepnorm; no
+            tensor tells.
         scale_embedding: Of language models: embeddings × √C.
         sinusoidal: Of language models: fairseq's sinusoidal positions.
     """
     import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
+    from safetensors.torch import save
 
     import longnet
-    from longnet.data.writer import write_whole
+    from longnet.data.writer import write_whole, write_whole_folder
     from longnet.model.checkpoints import to_torchscale
+    from longnet.model.weights import load_config, load_folder
 
     if not source.exists():
         raise FileNotFoundError(f"there is no {source}")
@@ -57,16 +58,15 @@ def convert(
     if source.is_dir():
         if target.suffix not in (".pth", ".pt", ".safetensors"):
             raise ValueError(f"a folder becomes a .pth, .pt or .safetensors file, got {target}")
-        config = AutoConfig.from_pretrained(source)
-        name = (config.architectures or ["?"])[0]
+        name = (load_config(source).architectures or ["?"])[0]
         kind_of_model = getattr(longnet, name, None)
         if kind_of_model is None:
             raise ValueError(f"{source} holds a {name}, which torchscale has no format for")
-        weights = to_torchscale(kind_of_model.from_pretrained(source))
-        if target.suffix == ".safetensors":
-            save_file({name: weight.clone() for name, weight in weights.items()}, target)
-        else:
-            with write_whole(target) as file:
+        weights = to_torchscale(load_folder(kind_of_model, source))
+        with write_whole(target) as file:
+            if target.suffix == ".safetensors":
+                file.write(save({name: weight.clone() for name, weight in weights.items()}))
+            else:
                 torch.save({"model": weights}, file)
         print(f"{len(weights)} tensors in {target}")
         return
@@ -85,6 +85,7 @@ def convert(
             source, num_heads, segment_lengths, dilation_rates,
             deepnorm=deepnorm, scale_embedding=scale_embedding, sinusoidal=sinusoidal,
         )  # fmt: skip
-    model.save_pretrained(target)
+    with write_whole_folder(target) as folder:
+        model.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__}, {parameters:,} parameters, in {target}")

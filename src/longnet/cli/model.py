@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,13 +46,13 @@ def load_model(
             off or not finite; an attention that the model does not have; a model that sees later tokens.
         OSError: there is no model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     import longnet.model  # noqa: F401  # makes LongNet and its attentions known to transformers
     from longnet.evaluation.scoring import refuse_sight_of_later_tokens
     from longnet.model.patterns import PATTERN_FIELDS, fields_of
+    from longnet.model.weights import load_config, load_folder
     from longnet.training.checkpoint import model_folder
 
     if not path.is_dir():
@@ -68,72 +66,14 @@ def load_model(
     keywords: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if dtype is not None:
         keywords["dtype"] = dtype
-    result: Any
-    try:
-        with _quiet():
-            if attention is None:
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
-                held = [name for name in PATTERN_FIELDS if fields_of(config, name) is not None]
-                if held:
-                    keywords["attn_implementation"] = held[0]
-            result = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-                key_mapping={r"_orig_mod\.": ""}, **keywords,
-            )  # fmt: skip
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({_first_line(error)}): copy them anew") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
-    model, found = result
-    _refuse_partial(folder, model, found)
-    model.to(device).eval()
+    if attention is None:
+        held = [name for name in PATTERN_FIELDS if fields_of(load_config(folder), name) is not None]
+        if held:
+            keywords["attn_implementation"] = held[0]
+    model = load_folder(AutoModelForCausalLM, folder, **keywords).to(device)
     refuse_sight_of_later_tokens(model)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else path
     return Loaded(model, folder, run, training_length(folder))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # transformers draws a bar and prints a table of what did not fit, which `_refuse_partial` says in a line.
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _refuse_partial(folder: Path, model: PreTrainedModel, found: dict[str, Collection[Any]]) -> None:
-    """Raise ValueError unless each weight came from the file, each of the file went somewhere, and all are finite."""
-    missing, extra = set(found["missing_keys"]), set(found["unexpected_keys"])
-    shapes = {
-        name: f"{name} {list(ours)} in place of {list(theirs)}" for name, ours, theirs in found["mismatched_keys"]
-    }
-    faults = [
-        *_named("missing", missing - shapes.keys()),
-        *_named("of no use to this model", extra - shapes.keys()),
-        *_named("of another shape", shapes.values()),
-    ]
-    if faults:
-        raise ValueError(
-            f"the weights in {folder} are not those of its config.json, a {type(model).__name__}: {'; '.join(faults)}: "
-            "give both from one training, and save a part of a model as a part of it"
-        )
-    weights = model.state_dict().items()
-    broken = [name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"weights in {folder} are NaN or infinite, {'; '.join(_named('in all', broken))}: take an earlier "
-            "checkpoint, from before the training went astray"
-        )
-
-
-def _named(what: str, names: Collection[str]) -> list[str]:
-    shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-    return [f"{len(names):,} {what} ({shown})"] if names else []
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -144,10 +84,12 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from longnet.tensors import first_line
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no tokenizer: {_first_line(error)}") from error
+        raise ValueError(f"{folder} holds no tokenizer: {first_line(error)}") from error
 
 
 def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, data_vocab_size: int) -> None:
@@ -177,7 +119,3 @@ def training_length(folder: Path) -> int | None:
     from longnet.training.state import read_record
 
     return int(read_record(folder)["recipe"]["train"]["tokens"]) if (folder / "state.json").is_file() else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

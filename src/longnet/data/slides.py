@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longnet.tensors import first_line, read_pickle, reading
+
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".safetensors")
 
+_PICKLES = (".pt", ".pth")
 _FEATURES = ("features", "feats", "tile_embeds", "embeddings")
 _COORDS = ("coords", "coordinates")
 _STEP = "patch_size_level0"
@@ -70,19 +74,15 @@ def count_tiles(path: Path) -> int:
 
     Raises:
         ValueError: a damaged or empty file, or one of another kind.
+        OSError: no such file, or one that is not ours to read.
     """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                return _tiles(path, file.get_slice(_name(path, file.keys(), _FEATURES)).get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    if path.suffix in (".h5", ".hdf5"):
-        with _open_hdf5(path) as file:
-            return _tiles(path, _dataset(path, file, _FEATURES).shape)
-    return len(read_slide(path).tile_embeds)
+    if path.suffix in _PICKLES:
+        return len(read_slide(path).tile_embeds)
+    with _open(path) as (names, file):
+        name = _name(path, names, _FEATURES)
+        with reading(path):
+            shape = file.get_slice(name).get_shape() if path.suffix == ".safetensors" else _numbers(file[name]).shape
+    return _tiles(path, shape)
 
 
 def read_slide(path: Path) -> SlideFeatures:
@@ -93,45 +93,13 @@ def read_slide(path: Path) -> SlideFeatures:
 
     Raises:
         ValueError: a damaged or empty file, one without features or coordinates, or whose numbers differ.
+        OSError: no such file, or one that is not ours to read.
         ModuleNotFoundError: h5py is missing.
     """
-    step: Any = None
-    if path.suffix in (".h5", ".hdf5"):
-        with _open_hdf5(path) as file:
-            features, coords = (_dataset(path, file, names) for names in (_FEATURES, _COORDS))
-            step = coords.attrs.get(_STEP, file.attrs.get(_STEP))
-            try:
-                held = [torch.from_numpy(data[()]) for data in (features, coords)]
-            except (OSError, TypeError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
-    elif path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                held = [file.get_tensor(_name(path, file.keys(), names)) for names in (_FEATURES, _COORDS)]
-                step = (file.metadata() or {}).get(_STEP)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    else:
-        import pickle
-
-        try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:  # KeyError: an opcode there is not
-            why = (str(error).splitlines() or ["it ends too early"])[0]
-            raise ValueError(f"{path} is damaged, or holds more than tensors: {why}") from None
-        if not isinstance(data, dict):
-            what = "features without coords" if isinstance(data, Tensor) else f"a {type(data).__name__}"
-            raise ValueError(f"{path} holds {what}: save {{'features': …, 'coords': …}}")
-        try:
-            held = [torch.as_tensor(data[_name(path, data, names)]) for names in (_FEATURES, _COORDS)]
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} holds features or coords that are no numbers: {error}") from None
-        step = data.get(_STEP)
-    if any(x.layout != torch.strided or x.is_complex() for x in held):
+    features, coords, step = (_read_pickle if path.suffix in _PICKLES else _read)(path)
+    if any(x.layout != torch.strided or x.is_complex() for x in (features, coords)):
         raise ValueError(f"{path} holds features or coords that are sparse or complex: save dense, real ones")
-    features, coords = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in held)
+    features, coords = (x[0] if x.ndim == 3 and len(x) == 1 else x for x in (features, coords))
     tiles = _tiles(path, features.shape)
     if features.ndim != 2 or coords.shape != (tiles, 2):
         raise ValueError(
@@ -142,6 +110,35 @@ def read_slide(path: Path) -> SlideFeatures:
     if not coords.is_floating_point():
         coords = coords.to(torch.int64)  # some write uint32
     return SlideFeatures(features, coords, None if step is None else _pixels(path, step))
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor, Any]:
+    held = []
+    with _open(path) as (names, file):
+        step: Any = None
+        for known in (_FEATURES, _COORDS):
+            name = _name(path, names, known)
+            with reading(path):
+                if path.suffix == ".safetensors":
+                    held.append(file.get_tensor(name))
+                    step = (file.metadata() or {}).get(_STEP)
+                else:
+                    data = _numbers(file[name])
+                    held.append(torch.from_numpy(data[()]))
+                    step = data.attrs.get(_STEP, file.attrs.get(_STEP))  # that of coords counts, which comes last
+    return held[0], held[1], step
+
+
+def _read_pickle(path: Path) -> tuple[Tensor, Tensor, Any]:
+    data = read_pickle(path)
+    if not isinstance(data, dict):
+        what = "features without coords" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+        raise ValueError(f"{path} holds {what}: save {{'features': …, 'coords': …}}")
+    try:
+        features, coords = (torch.as_tensor(data[_name(path, data, names)]) for names in (_FEATURES, _COORDS))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds features or coords that are no numbers: {first_line(error)}") from None
+    return features, coords, data.get(_STEP)
 
 
 def _pixels(path: Path, step: Any) -> float:
@@ -161,10 +158,9 @@ def _name(path: Path, held: Any, names: Sequence[str]) -> str:
     raise ValueError(f"{path} holds no {names[0]}: it holds {', '.join(sorted(map(str, held))) or 'nothing'}")
 
 
-def _dataset(path: Path, file: Any, names: Sequence[str]) -> Any:
-    data = file[_name(path, file, names)]
+def _numbers(data: Any) -> Any:
     if not hasattr(data, "shape"):
-        raise ValueError(f"{path} holds a group called {names[0]}, where numbers are expected")
+        raise TypeError(f"{data.name} is a group, where numbers are expected")
     return data
 
 
@@ -175,12 +171,23 @@ def _tiles(path: Path, shape: Sequence[int]) -> int:
     return int(tiles)
 
 
-def _open_hdf5(path: Path) -> Any:
-    try:
-        import h5py  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path} is HDF5, which needs h5py: pip install 'longnet-torch[slides]'") from None
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[Sequence[str], Any]]:
+    """Open HDF5 or safetensors, and list the names in it."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with reading(path):
+            opened: Any = safe_open(path, "pt")
+    else:
+        try:
+            import h5py  # type: ignore[import-untyped]
+        except ModuleNotFoundError:
+            needs = f"{path} is HDF5, which needs h5py: pip install 'longnet-torch[slides]'"
+            raise ModuleNotFoundError(needs) from None
+        with reading(path):
+            opened = h5py.File(path, "r")
+    with opened as file:
+        with reading(path):
+            names = list(file.keys())
+        yield names, file

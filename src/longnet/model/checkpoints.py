@@ -1,15 +1,13 @@
 """torchscale's checkpoints → our models, and back: GigaPath's slide encoder, LongViT, causal language models."""
 
-import argparse
+import functools
 import math
-import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longnet.model.blocks import LongNetPreTrainedModel
@@ -23,8 +21,10 @@ from longnet.model.slides import (
     segments_for,
 )
 from longnet.model.tails import TailKind
+from longnet.model.weights import load_config, load_folder, read_weights, refuse_broken, refuse_no_floats
 
 _Model = TypeVar("_Model", bound=LongNetPreTrainedModel)
+_Config = TypeVar("_Config", bound=LongNetConfig)
 
 _HEADS, _MAX_WSI_SIZE, _TILE_SIZE = 16, 262_144, 256  # the authors'
 _RATES = (1, 2, 4, 8, 16)
@@ -98,8 +98,8 @@ def load_gigapath(
         The encoder; with its classifier where the file holds one.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of the wrong shape, each named; a file that holds no
-            slide encoder.
+        ValueError: tensors that are missing, left over, of the wrong shape or not finite, each named; a file that holds
+            no slide encoder.
         FileNotFoundError: no such file.
     """
     replaced: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def load_gigapath(
     if tail is not None:
         replaced["tail"] = tail
     if Path(path).is_dir():
-        config = LongNetSlideConfig.from_pretrained(path)
+        config = _config_in(path, LongNetSlideConfig)
         if num_heads not in (_HEADS, config.num_attention_heads):
             raise ValueError(
                 f"{path} is of {config.num_attention_heads} heads, got num_heads={num_heads}: leave it out"
@@ -120,15 +120,15 @@ def load_gigapath(
         if max_wsi_size != _MAX_WSI_SIZE and segment_lengths is None:
             replaced["segment_lengths"] = segments_for(max_wsi_size, tile_size)
         kind = LongNetForSlideClassification if _holds(config, LongNetForSlideClassification) else LongNetSlideModel
-        return kind.from_pretrained(path, **replaced)
-    weights = _read(path)
+        return load_folder(kind, path, **replaced)  # type: ignore[no-any-return]
+    weights = read_weights(Path(path))
     prefix = "slide_encoder." if "slide_encoder.cls_token" in weights else ""
-    embed = _need(weights, f"{prefix}patch_embed.proj.weight", path)
-    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", path)
+    embed = _need(weights, f"{prefix}patch_embed.proj.weight", "(width, feature width)", path)
+    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", "(feed-forward width, width)", path)
     fields: dict[str, Any] = {
         "feature_size": embed.shape[1],
         "hidden_size": embed.shape[0],
-        "num_hidden_layers": _depth(weights),
+        "num_hidden_layers": _depth(weights, path),
         "num_attention_heads": num_heads,
         "intermediate_size": fc1.shape[0],
         "tile_size": tile_size,
@@ -137,17 +137,15 @@ def load_gigapath(
     }
     weights.pop(f"{prefix}pos_embed", None)  # the table, which a formula gives
     if not prefix:
-        return _fill(LongNetSlideModel, LongNetSlideConfig(**{**fields, **replaced}), weights, path)
-    head = _need(weights, "classifier.0.weight", path)
+        return _fill(LongNetSlideModel, {**fields, **replaced}, weights, path)
+    head = _need(weights, "classifier.0.weight", "(labels, embeddings side by side)", path)
     if head.shape[1] != len(classifier_layers) * embed.shape[0]:
         raise ValueError(
             f"the classifier of {path} reads {head.shape[1] // embed.shape[0]} embeddings of {embed.shape[0]}, "
             f"{head.shape[1]} in all, and classifier_layers names {len(classifier_layers)}: give those of its training"
         )
-    config = LongNetSlideConfig(
-        **{**fields, **replaced, "classifier_layers": tuple(classifier_layers), "num_labels": head.shape[0]}
-    )
-    return _fill(LongNetForSlideClassification, config, weights, path)
+    fields |= {**replaced, "classifier_layers": tuple(classifier_layers), "num_labels": head.shape[0]}
+    return _fill(LongNetForSlideClassification, fields, weights, path)
 
 
 def load_longvit(
@@ -167,8 +165,8 @@ def load_longvit(
         tail: `"torchscale"`, as the published weights were trained, and the default, or `"exact"`.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of the wrong shape, each named; an image size whose
-            segments are unknown.
+        ValueError: tensors that are missing, left over, of the wrong shape, or not finite, each named; an image size
+            whose segments are unknown.
         FileNotFoundError: no such file.
     """
     replaced: dict[str, Any] = {}
@@ -179,10 +177,10 @@ def load_longvit(
     if tail is not None:
         replaced["tail"] = tail
     if Path(path).is_dir():
-        config = LongNetImageConfig.from_pretrained(path)
+        config = _config_in(path, LongNetImageConfig)
         kind = LongNetForImageClassification if _holds(config, LongNetForImageClassification) else LongNetImageModel
-        return kind.from_pretrained(path, **replaced)
-    weights = {name.removeprefix("module."): weight for name, weight in _read(path).items()}
+        return load_folder(kind, path, **replaced)  # type: ignore[no-any-return]
+    weights = {name.removeprefix("module."): weight for name, weight in read_weights(Path(path)).items()}
     has_head = "head.weight" in weights
     if has_head and "pos_embed" in weights:
         weights = {
@@ -192,9 +190,9 @@ def load_longvit(
     elif not has_head:
         weights = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
     prefix = "backbone." if has_head else ""
-    embed = _need(weights, f"{prefix}patch_embed.proj.weight", path)
-    patches = _need(weights, f"{prefix}pos_embed", path).shape[1]
-    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", path)
+    embed = _need(weights, f"{prefix}patch_embed.proj.weight", "(width, channels, side, side)", path)
+    patches = _need(weights, f"{prefix}pos_embed", "(1, patches, width)", path).shape[1]
+    fc1 = _need(weights, f"{prefix}encoder.layers.0.ffn.fc1.weight", "(feed-forward width, width)", path)
     size = math.isqrt(patches) * embed.shape[2]
     if segment_lengths is None:
         if size not in SEGMENTS:
@@ -208,16 +206,16 @@ def load_longvit(
         "patch_size": embed.shape[2],
         "num_channels": embed.shape[1],
         "hidden_size": embed.shape[0],
-        "num_hidden_layers": _depth(weights),
+        "num_hidden_layers": _depth(weights, path),
         "num_attention_heads": num_heads,
         "intermediate_size": fc1.shape[0],
         "dilation_rates": _RATES,
         **replaced,
     }
     if not has_head:
-        return _fill(LongNetImageModel, LongNetImageConfig(**fields), weights, path)
-    config = LongNetImageConfig(**{**fields, "num_labels": weights["head.weight"].shape[0]})
-    return _fill(LongNetForImageClassification, config, weights, path)
+        return _fill(LongNetImageModel, fields, weights, path)
+    fields["num_labels"] = _need(weights, "head.weight", "(labels, width)", path).shape[0]
+    return _fill(LongNetForImageClassification, fields, weights, path)
 
 
 def load_torchscale_lm(
@@ -226,7 +224,7 @@ def load_torchscale_lm(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    deepnorm: bool = False,
+    deepnorm: bool | None = None,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
     xpos_scale_base: float = 512.0,
@@ -243,19 +241,21 @@ def load_torchscale_lm(
         num_heads: query heads.
         segment_lengths: w_i, in tokens.
         dilation_rates: r_i.
-        deepnorm: DeepNorm's factor on what goes past a sublayer; no tensor tells.
+        deepnorm: DeepNorm's factor (2L)^¼ on what goes past a sublayer (arXiv:2203.00555 §4), or 1 where False. No
+            tensor tells, so that it must be said of files without sub-LayerNorms; those with them have none.
         scale_embedding: embeddings × √C, fairseq's default (`no_scale_embedding` switches it off); no tensor tells.
         sinusoidal: fairseq's sinusoidal positions, which are not stored.
         xpos_scale_base: tokens over which xPos decays.
         pad_token_id: of the vocabulary; fairseq's is 1, and positions are counted from the one after it.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of the wrong shape, each named.
+        ValueError: tensors that are missing, left over, of the wrong shape, or not finite, each named; deepnorm where
+            it must be said, or cannot be.
         FileNotFoundError: no such file.
     """
-    weights = {name.removeprefix("decoder."): weight for name, weight in _read(path).items()}
-    embed = _need(weights, "embed_tokens.weight", path)
-    fc1 = _need(weights, "layers.0.ffn.fc1.weight", path)
+    weights = {name.removeprefix("decoder."): weight for name, weight in read_weights(Path(path)).items()}
+    embed = _need(weights, "embed_tokens.weight", "(tokens, width)", path)
+    fc1 = _need(weights, "layers.0.ffn.fc1.weight", "(feed-forward width, width)", path)
     has_xpos = any(name.endswith("xpos.scale") for name in weights)
     weights = {
         name: weight
@@ -263,37 +263,40 @@ def load_torchscale_lm(
         if not name.endswith(("xpos.scale", "version", "_float_tensor"))
     }
     has_sublayernorm = "layers.0.ffn.ffn_layernorm.weight" in weights
+    _check_deepnorm(deepnorm, path, layers=_depth(weights, path), has_sublayernorm=has_sublayernorm)
     head = weights.get("output_projection.weight")
-    is_tied = head is None or torch.equal(head, embed)
+    is_tied = head is None or _equal(head, embed)
     if is_tied:
         weights.pop("output_projection.weight", None)
-    learned = weights.get("embed_positions.weight")
+    learned = None
+    if "embed_positions.weight" in weights:
+        learned = _need(weights, "embed_positions.weight", "(positions, width)", path)
     first = 0 if pad_token_id is None else pad_token_id + 1
     longest = max(segment_lengths) if learned is None else learned.shape[0] - first
     kind: PositionEmbedding = "sinusoidal" if sinusoidal else "none"
     if has_xpos or learned is not None:
         kind = "xpos" if has_xpos else "learned"
-    config = LongNetConfig(
-        vocab_size=embed.shape[0],
-        hidden_size=embed.shape[1],
-        num_hidden_layers=_depth(weights),
-        num_attention_heads=num_heads,
-        intermediate_size=fc1.shape[0],
-        max_position_embeddings=longest,
-        segment_lengths=tuple(segment_lengths),
-        dilation_rates=tuple(dilation_rates),
-        head_offsets="block",
-        position_embedding=kind,
-        first_position=first if kind in ("learned", "sinusoidal") else 0,
-        embedding_scale=math.sqrt(embed.shape[1]) if scale_embedding else 1.0,
-        sub_layernorm=has_sublayernorm,
-        deepnorm=deepnorm,
-        post_layernorm=not has_sublayernorm and "layer_norm.weight" not in weights,
-        xpos_scale_base=xpos_scale_base,
-        tie_word_embeddings=is_tied,
-        pad_token_id=pad_token_id,
-    )
-    return _fill(LongNetForCausalLM, config, weights, path)
+    fields = {
+        "vocab_size": embed.shape[0],
+        "hidden_size": embed.shape[1],
+        "num_hidden_layers": _depth(weights, path),
+        "num_attention_heads": num_heads,
+        "intermediate_size": fc1.shape[0],
+        "max_position_embeddings": longest,
+        "segment_lengths": tuple(segment_lengths),
+        "dilation_rates": tuple(dilation_rates),
+        "head_offsets": "block",
+        "position_embedding": kind,
+        "first_position": first if kind in ("learned", "sinusoidal") else 0,
+        "embedding_scale": math.sqrt(embed.shape[1]) if scale_embedding else 1.0,
+        "sub_layernorm": has_sublayernorm,
+        "deepnorm": bool(deepnorm),
+        "post_layernorm": not has_sublayernorm and "layer_norm.weight" not in weights,
+        "xpos_scale_base": xpos_scale_base,
+        "tie_word_embeddings": is_tied,
+        "pad_token_id": pad_token_id,
+    }
+    return _fill(LongNetForCausalLM, fields, weights, path)
 
 
 def to_torchscale(model: nn.Module) -> dict[str, Tensor]:
@@ -325,12 +328,19 @@ def to_torchscale(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _fill(kind: type[_Model], config: LongNetConfig, weights: dict[str, Tensor], path: str | Path) -> _Model:
+def _fill(kind: type[_Model], fields: dict[str, Any], weights: dict[str, Tensor], path: str | Path) -> _Model:
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"{path} is {width} wide, which num_heads={heads} does not divide: give the number of its heads"
+        )
+    try:
+        config = cast("type[LongNetConfig]", kind.config_class)(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     with torch.device("meta"):  # made without memory, then given the file's tensors
         model = kind(config)
-    named = {}
-    for name, weight in weights.items():
-        named[_renamed(name, _OF_MODEL[kind], _OF_LAYER)] = (name, _reordered(name, weight, config))
+    named = {_renamed(name, _OF_MODEL[kind], _OF_LAYER): (name, weight) for name, weight in weights.items()}
     wanted = model.state_dict()
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
@@ -344,7 +354,11 @@ def _fill(kind: type[_Model], config: LongNetConfig, weights: dict[str, Tensor],
     if complaints:
         more = f" and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         raise ValueError(f"{path} does not fit {kind.__name__}: {'; '.join(complaints[:8])}{more}")
-    model.load_state_dict({name: weight for name, (_, weight) in named.items()}, strict=False, assign=True)
+    refuse_no_floats(path, weights.items())
+    refuse_broken(path, weights.items())
+    dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights.values()))  # of one kind inside
+    filled = {name: _reordered(theirs, weight, config).to(dtype) for name, (theirs, weight) in named.items()}
+    model.load_state_dict(filled, strict=False, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -377,38 +391,47 @@ def _reordered(name: str, weight: Tensor, config: LongNetConfig, *, back: bool =
     return by_head.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _depth(weights: dict[str, Tensor]) -> int:
-    return 1 + max((int(layer[2]) for layer in map(_LAYER.fullmatch, weights) if layer), default=-1)
+def _depth(weights: dict[str, Tensor], path: str | Path) -> int:
+    found = {int(layer[2]) for layer in map(_LAYER.fullmatch, weights) if layer}
+    missing = set(range(len(found))) - found
+    if missing:
+        raise ValueError(
+            f"{path} holds {len(found)} layers, up to layer {max(found)}, and none is layer {min(missing)}"
+        )
+    return len(found)
 
 
-def _need(weights: dict[str, Tensor], name: str, path: str | Path) -> Tensor:
+def _need(weights: dict[str, Tensor], name: str, shape: str, path: str | Path) -> Tensor:
+    """Return a tensor that the widths are read off, which must have as many axes as `shape` names."""
     if name not in weights:
         raise ValueError(f"{path} holds no {name}: is it another model's? It begins with {sorted(weights)[:4]}")
-    return weights[name]
+    weight = weights[name]
+    if weight.ndim != shape.count(",") + 1 or not weight.numel():
+        raise ValueError(f"{path} holds a {name} of shape {tuple(weight.shape)} where {shape} is expected")
+    return weight
+
+
+def _check_deepnorm(deepnorm: bool | None, path: str | Path, *, layers: int, has_sublayernorm: bool) -> None:
+    if deepnorm and has_sublayernorm:
+        raise ValueError(f"{path} has sub-LayerNorms, and torchscale has DeepNorm without them: leave deepnorm out")
+    if deepnorm is None and not has_sublayernorm:
+        raise ValueError(
+            f"{path} has no sub-LayerNorms, so it may have DeepNorm, which no tensor tells: give deepnorm=True "
+            f"(--deepnorm: what goes past a sublayer is scaled by (2·{layers})^¼ = {(2 * layers) ** 0.25:.4g}) or "
+            "deepnorm=False (--no-deepnorm: by 1), as it was trained"
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.layout) == (b.shape, b.dtype, b.layout) and bool((a == b).all())
+
+
+def _config_in(folder: str | Path, kind: type[_Config]) -> _Config:
+    config = load_config(folder)
+    if not isinstance(config, kind):
+        raise ValueError(f"{folder} holds a model of type {config.model_type!r}, where {kind.model_type!r} is expected")
+    return config
 
 
 def _holds(config: LongNetConfig, kind: type[nn.Module]) -> bool:
     return kind.__name__ in (config.architectures or [])
-
-
-def _read(path: str | Path) -> dict[str, Tensor]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # fairseq keeps its arguments beside
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:  # KeyError: text
-        raise ValueError(f"{path} cannot be read as tensors alone, which is all that is read: {error}") from None
-    for wrapper in ("model", "teacher", "module", "state_dict"):
-        if isinstance(held, dict) and isinstance(held.get(wrapper), dict):
-            held = held[wrapper]
-            break
-    weights = (
-        {name: value for name, value in held.items() if isinstance(value, Tensor)} if isinstance(held, dict) else {}
-    )
-    if not weights:
-        raise ValueError(f"{path} holds no tensors by name")
-    return weights

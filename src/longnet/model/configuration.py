@@ -192,13 +192,13 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             TypeError: beside the errors of the constructor, a keyword that nobody reads.
         """
         # transformers would set these after the checks, and drop the unknown ones.
-        replaced = {name: kwargs.pop(name) for name in _own_fields() & kwargs.keys()}
+        replaced = {name: kwargs.pop(name) for name in cls._own_fields().keys() & kwargs.keys()}
         if kwargs.get("attn_implementation") is None:  # before 5.4 it would forget what the dictionary says
             kwargs["attn_implementation"] = config_dict.get("attn_implementation")
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         foreign = {}
         if "transformers_version" in config_dict:  # saved, with what others set on it: tokenizer_class, say
-            foreign = {name: value for name, value in config_dict.items() if _is_of_others(name)}
+            foreign = {name: value for name, value in config_dict.items() if cls._is_of_others(name)}
             config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
         config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
         for name, value in foreign.items():
@@ -207,7 +207,7 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             return config, unused
         unknown = {name for name, value in unused.items() if value is not None} - _OF_LOADING
         if unknown:
-            raise _unknown(sorted(unknown))
+            raise cls._unknown(sorted(unknown))
         return config
 
     @property
@@ -218,8 +218,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = kwargs.keys() - _OF_TRANSFORMERS
         if unknown:
-            raise _unknown(sorted(unknown))
-        for name, hint in LongNetConfig.__annotations__.items():
+            raise self._unknown(sorted(unknown))
+        for name, hint in self._own_fields().items():
             _check_type(name, getattr(self, name), hint)
         self.segment_lengths = tuple(self.segment_lengths)
         self.dilation_rates = tuple(self.dilation_rates)
@@ -301,16 +301,30 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
                 "position_embedding='rope'"
             )
 
+    @classmethod
+    def _own_fields(cls) -> dict[str, Any]:
+        """Return the fields and their types, a subclass's among them."""
+        kinds = [kind for kind in reversed(cls.__mro__) if issubclass(kind, LongNetConfig)]
+        return {name: hint for kind in kinds for name, hint in inspect.get_annotations(kind).items()}
 
-def _is_of_others(name: str) -> bool:
-    """Say whether a key is neither this configuration's, nor transformers', nor one of this one's misspelt."""
-    known = _own_fields() | _OF_TRANSFORMERS | _ALIASES.keys() | set(inspect.signature(PreTrainedConfig).parameters)
-    known |= PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
-    return name not in known and not difflib.get_close_matches(name, list(_own_fields()), n=1, cutoff=0.7)
+    @classmethod
+    def _is_of_others(cls, name: str) -> bool:
+        """Say whether a key is neither this configuration's, nor transformers', nor one of this one's misspelt."""
+        fields = cls._own_fields().keys()
+        known = fields | _OF_TRANSFORMERS | _ALIASES.keys() | set(inspect.signature(PreTrainedConfig).parameters)
+        known |= PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
+        return name not in known and not difflib.get_close_matches(name, list(fields), n=1, cutoff=0.7)
 
-
-def _own_fields() -> set[str]:
-    return set(LongNetConfig.__annotations__)
+    @classmethod
+    def _unknown(cls, names: Iterable[str]) -> TypeError:
+        generation = GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
+        complaints = []
+        for name in names:
+            near = f": did you mean {_ALIASES[name]!r}?" if name in _ALIASES else _nearest(name, cls._own_fields())
+            if name in generation and name not in _ALIASES:
+                near = ": it belongs to generation, see model.generation_config"
+            complaints.append(f"{cls.__name__} has no field {name!r}{near}")
+        return TypeError("; ".join(complaints))
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -331,17 +345,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _unknown(names: Iterable[str]) -> TypeError:
-    generation = GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
-    complaints = []
-    for name in names:
-        near = f": did you mean {_ALIASES[name]!r}?" if name in _ALIASES else _nearest(name, _own_fields())
-        if name in generation and name not in _ALIASES:
-            near = ": it belongs to generation, see model.generation_config"
-        complaints.append(f"LongNetConfig has no field {name!r}{near}")
-    return TypeError("; ".join(complaints))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

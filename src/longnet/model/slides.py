@@ -85,6 +85,8 @@ class LongNetSlideConfig(LongNetConfig):  # type: ignore[no-untyped-call]  # tra
         for name in ("feature_size", "tile_size", "grid_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.head_norm_eps < math.inf:
+            raise ValueError(f"head_norm_eps must be above 0, got {self.head_norm_eps}")
         self.classifier_layers = tuple(self.classifier_layers)
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4, for 2-D positions, got {self.hidden_size}")
