@@ -62,7 +62,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
         (["show", "8:1"], "show needs --tokens; for example: longnet show paper -n 32768"),
         (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
-        (["show", "8:1", "-n", "x"], "-n must be an integer, got x"),
+        (["show", "8:1", "-n", "x"], "-n must be an integer, like 512 or 8K, got x"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
         (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),
         (["bench", "attention", "--device", "cuda"], "--device = 'cuda', but torch finds no GPU"),
@@ -73,7 +73,9 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["train"], "train needs RECIPE; for example: longnet train demo --data.path runs/data -o runs/mine"),
         (["trian", "demo"], "there is no command 'trian': did you mean train?"),
         (["frobnicate"], "there is no command 'frobnicate': there are show, prepare"),
-        (["bench", "atention"], 'Unknown command "atention". Did you mean "attention"?'),
+        (["bench", "atention"], "there is no command 'bench atention': did you mean attention?"),
+        (["bench", "frobnicate"], "there is no command 'bench frobnicate': there are attention, decode"),
+        (["show", "8:1", "16:2", "-n", "8"], "show takes no more words than it was given before: 16:2"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments, message):
@@ -91,6 +93,14 @@ def test_an_error_that_nobody_raised_on_purpose_is_no_mistake_of_the_users(monke
     monkeypatch.setattr("longnet.attention.pattern.DilationPattern.parse", break_down)
     with pytest.raises(ValueError, match="invalid literal"):
         run(monkeypatch, "show", "8:1", "-n", "8")
+
+
+def test_a_warning_is_one_line():
+    """And names no line of code: nobody who types commands can mend that."""
+    code = "import warnings\nfrom longnet.cli import commands, main\n"
+    code += "commands.run = lambda _: (warnings.warn('rates of 4'), warnings.warn('old', FutureWarning))\nmain.main()"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert said.splitlines() == ["longnet: warning: rates of 4", "longnet: warning: old (FutureWarning, <string>:3)"]
 
 
 def test_the_version_is_the_packages(monkeypatch, capsys):
@@ -156,6 +166,9 @@ def test_ctrl_c_at_work_is_one_line_and_status_130(monkeypatch, capsys):
         ("train demo --evaluate.contexts 64, 1k", "train demo --evaluate.contexts 64 1024"),
         ("prepare a,b --suffixes .py,.md -o X", "prepare a,b --suffixes .py .md -o X"),
         ("generate M --prompt a,b", "generate M --prompt a,b"),
+        ("evaluate M D --tokens 2K --contexts=1K,2K", "evaluate M D --tokens 2048 --contexts 1024 2048"),
+        ("show 8:1 -n 1M --heads=4", "show 8:1 -n 1048576 --heads 4"),
+        ("train demo -o 8K --train.tokens 8K 3K", "train demo -o 8K --train.tokens 8192 3K"),
     ],
 )
 def test_lists_are_written_in_one_way(words, spread):

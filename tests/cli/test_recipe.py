@@ -108,8 +108,8 @@ def test_a_mistake_in_the_file_is_named(file, text, message):
     [
         ("--optim.lrr 3", "Unknown option: --optim.lrr. Did you mean --optim.lr?"),
         ("--optim.lr abc", 'Invalid value for --optim.lr: unable to convert "abc" into float.'),
-        ("--train.steps 3.5", "--train.steps must be an integer, got 3.5"),
-        ("--train.steps 1e3", "--train.steps must be an integer, got 1e3"),
+        ("--train.steps 3.5", "--train.steps must be an integer, like 512 or 8K, got 3.5"),
+        ("--train.steps 1e3", "--train.steps must be an integer, like 512 or 8K, got 1e3"),
         ("--evaluate.contexts 64 1.5", "--evaluate.contexts must be a list of integers, like 512,2048,8K, got 1.5"),
         ("--optim 3", "--optim is a table: give one of its keys, as in --optim.key value"),
         ("--optim.lr=-1", "optim.lr must be above 0, got -1.0"),

@@ -28,7 +28,9 @@ def check_words(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> N
             if kinds == {Path} and not token.value.strip():
                 raise ValueError(f"{name} is empty: an unset variable of the shell, perhaps")
             if kinds == {int} and not re.fullmatch(r"[+-]?\d+", token.value.strip(), re.ASCII):
-                what = "a list of integers, like 512,2048,8K" if is_list(argument.hint) else "an integer"
+                what = (
+                    "a list of integers, like 512,2048,8K" if is_list(argument.hint) else "an integer, like 512 or 8K"
+                )
                 raise ValueError(f"{name} must be {what}, got {token.value}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import dis
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -98,9 +98,7 @@ def run(words: Sequence[str]) -> None:
         ValueError: words that no command takes, and all that a command itself finds wrong.
     """
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise ValueError(f"there is no command {words[0]!r}: {hint}")
+        raise ValueError(_no_command(words[0], COMMANDS))
     app = make_app()
     try:
         words = spread_lists(app, words) if words and words[0] in COMMANDS else words
@@ -112,8 +110,25 @@ def run(words: Sequence[str]) -> None:
             example = " ".join(chain)
         missing = "an argument" if error.argument is None else _name(error.argument)
         raise ValueError(f"{' '.join(chain)} needs {missing}; for example: longnet {example}") from error
+    except cyclopts.UnknownCommandError as error:
+        group = error.command_chain or ()
+        unknown = (error.unused_tokens or [""])[0]
+        names = [name for name in (app[group[0]] if group else app) if not name.startswith("-")]
+        raise ValueError(_no_command(" ".join([*group, unknown]), names)) from error
+    except cyclopts.UnusedCliTokensError as error:
+        rest = " ".join(error.unused_tokens or ())
+        raise ValueError(
+            f"{' '.join(error.command_chain or ())} takes no more words than it was given before: {rest}"
+        ) from error
     except cyclopts.CycloptsError as error:
         raise ValueError(str(error)) from error
+
+
+def _no_command(words: str, names: Iterable[str]) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(words.rpartition(" ")[2], names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no command {words!r}: {hint}"
 
 
 def is_users_mistake(error: BaseException) -> bool:

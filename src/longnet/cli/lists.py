@@ -15,36 +15,40 @@ _PART = re.compile(r"\d+:\d+(?:,\d+:\d+)*[^,]*|[^,]+")  # the commas of a patter
 def spread_lists(app: cyclopts.App, words: Sequence[str]) -> list[str]:
     """Return a command line in which options that take several values have them as words of their own.
 
-    `--contexts 64,256` and `--contexts 64 256` are the same everywhere, and 8K is 8192 wherever integers are listed.
+    `--contexts 64,256` and `--contexts 64 256` are the same everywhere, and 8K is 8192 wherever an option asks for
+    integers, one or several; 1M is 1,048,576.
     """
     chain, apps, rest = app.parse_commands(words)
     if apps[-1].default_command is None or any(word.startswith("-") for word in chain):  # --help
         return list(words)
-    lists = {
-        name: {int} == leaves(argument.hint)
+    arguments = [
+        (name, argument)
         for argument in apps[-1].assemble_argument_collection(parse_docstring=False)
-        if is_list(argument.hint)
         for name in argument.names
-        if name.startswith("--")
-    }
+        if name.startswith("-")
+    ]
+    lists = {name for name, argument in arguments if is_list(argument.hint)}
+    integers = {name for name, argument in arguments if leaves(argument.hint) == {int}}
     current: str | None = None
     spread = list(words[: len(words) - len(rest)])
     for word in rest:
         name, equals, value = word.partition("=")
         if re.match(r"-(?![\d.])", word):
-            current = name if name in lists else None
+            current = name if name in lists | integers else None
             spread += [name] if equals and current else [word]
             values = [value] if equals and current else []
         else:
             values = [word]
         for text in values:
-            parts = [text] if current is None or not text.strip() else _PART.findall(text)
-            spread += [_plain(part) if lists.get(current or "") else part for part in parts]
+            parts = _PART.findall(text) if current in lists and text.strip() else [text]
+            spread += [_plain(part) if current in integers else part for part in parts]
+            current = current if current in lists else None
     return spread
 
 
 def _plain(number: str) -> str:
-    return str(int(number[:-1]) * 1024) if re.fullmatch(r"\d+[kK]", number) else number
+    size = {"k": 2**10, "m": 2**20}.get(number[-1:].lower(), 1)
+    return str(int(number[:-1]) * size) if re.fullmatch(r"\d+[kKmM]", number, re.ASCII) else number
 
 
 def is_list(hint: Any) -> bool:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from types import FrameType
 
 _STOPPED = "longnet: stopped by Ctrl-C"
@@ -19,8 +20,10 @@ def main() -> None:
 
     A mistake of the user's, which our own code raises or the operating system reports, is one line on stderr and exit
     status 2, as is too little memory; Ctrl-C one line and 130. Anything else is a fault of ours, and shows where it
-    happened.
+    happened. A warning is one line, too.
     """
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = _in_a_line
     is_ours = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -50,8 +53,17 @@ def main() -> None:
         print(_STOPPED, file=sys.stderr)
         sys.exit(130)
     finally:
+        warnings.formatwarning = formatwarning
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return what is shown of a warning; where in the code it arose is of use to those who mend libraries alone."""
+    where = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
+    return f"longnet: warning: {message}{where}\n"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
