@@ -122,6 +122,20 @@ def test_import_longnet_makes_it_known_to_transformers(first):
     assert run(f"import torch; {first}; {sizes}{BERT_OR_OURS}") == "torch.Size([1, 5, 9])"
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers as held; from longnet import LongNetForCausalLM as ours",
+        "import longnet, transformers as held; from transformers import ContinuousBatchingConfig, AutoConfig",
+        "import longnet, transformers as held, transformers.modeling_layers; from longnet import LongNetModel",
+    ],
+)
+def test_a_checkpoints_class_is_found_by_name_in_transformers(first):
+    """As `transformers serve` finds it; importing transformers' models makes that module anew."""
+    now = "import sys; now = sys.modules['transformers']"
+    assert run(f"{first}; {now}; print(held.LongNetForCausalLM is now.LongNetForCausalLM)") == "True"
+
+
 def test_who_needs_no_models_of_transformers_does_not_pay_for_ours():
     code = (
         "import sys, longnet; from transformers import PreTrainedTokenizerFast;"

@@ -10,7 +10,7 @@ import importlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -23,10 +23,13 @@ _OF_TRANSFORMERS = (
 )
 # Whoever saves or loads an adapter has loaded this.
 _OF_PEFT = ("peft.peft_model",)
+# The module transformers as it was first imported: importing its models makes it anew, and who has it keeps this one.
+_first: list[ModuleType] = []
 
 
 def introduce() -> None:
     """Register with transformers and with PEFT: now where their models are there, else once they are."""
+    _keep_first()
     for package, triggers, register in (
         ("transformers", _OF_TRANSFORMERS, _register),
         ("peft", _OF_PEFT, _register_with_peft),
@@ -35,6 +38,18 @@ def introduce() -> None:
             register()
         elif not any(isinstance(finder, _Watch) and finder.package == package for finder in sys.meta_path):
             sys.meta_path.insert(0, _Watch(package, triggers, register))
+
+
+def name_in_transformers(models: Iterable[type]) -> None:
+    """Make classes attributes of transformers, by their names, whenever it was imported."""
+    for model in models:
+        for module in (*_first, sys.modules["transformers"]):
+            setattr(module, model.__name__, model)
+
+
+def _keep_first() -> None:
+    if not _first and "transformers" in sys.modules:
+        _first.append(sys.modules["transformers"])
 
 
 def _register() -> bool:
@@ -92,9 +107,11 @@ class _Watch(MetaPathFinder):
         """Note that it is over; register when it was the outermost."""
         self._here.depth -= 1
         self._triggered |= name in self._triggers
-        if self._triggered and not self._here.depth and self in sys.meta_path:
-            sys.meta_path.remove(self)
-            self._register()
+        if not self._here.depth:
+            _keep_first()
+            if self._triggered and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self._register()
 
 
 class _Watched(Loader):

@@ -1,5 +1,6 @@
 """LongNet in Hugging Face's terms. Importing this makes models and attention implementations known to transformers."""
 
+from longnet.hook import name_in_transformers
 from longnet.model import adapters, generation  # noqa: F401  # adapters keep patterns, generate() makes a DilatedCache
 from longnet.model.blocks import LongNetPreTrainedModel
 from longnet.model.cache import DilatedCache
@@ -47,3 +48,8 @@ __all__ = [
     "use_dilated_attention",
     "use_sparse_fixed_attention",
 ]
+
+# `transformers serve` looks the class of a checkpoint up by name in `transformers`.
+name_in_transformers(
+    value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, LongNetPreTrainedModel)
+)

@@ -73,12 +73,17 @@ def refuse_tracing(name: str, *, has_cache: bool) -> None:
     """Refuse what writes down a pass as a graph of another kind than torch.compile's and torch.export's.
 
     Raises:
-        ValueError: torch.jit.trace, or torch.export of a pass with a cache, as ExecuTorch wants it.
+        ValueError: torch.jit.trace, torch.onnx.export, or torch.export of a pass with a cache, as ExecuTorch wants it.
     """
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            f"ONNX has no operator for {name} attention: use torch.export.export without a cache, or "
+            'attn_implementation="sdpa"'
+        )
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise ValueError(
-            f"torch.jit.trace cannot record {name} attention, nor torch.onnx.export with dynamo=False: use "
-            'torch.export.export without a cache, or attn_implementation="sdpa"'
+            f"torch.jit.trace cannot record {name} attention: use torch.export.export without a cache, or "
+            'attn_implementation="sdpa"'
         )
     if has_cache and torch.compiler.is_exporting():
         raise ValueError(
