@@ -1,5 +1,8 @@
 """`longnet encode` and `longnet convert`, from feature files to embeddings."""
 
+import errno
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import longnet
-from longnet.data.slides import read_slide
+from longnet.data.slides import open_names, read_slide
 from model.test_checkpoints import Golden
 
 _SIZES = {
@@ -87,19 +90,109 @@ def test_what_cannot_be_read_is_named_skipped_and_counted(folder, tmp_path, call
         file["features"], file["coords"] = slide.tile_embeds.numpy(), slide.coords.numpy() // 512
     with h5py.File(bad / "wide.h5", "w") as file:
         file["features"], file["coords"] = np.zeros((5, 7)), np.arange(10).reshape(5, 2) * 256
+    with h5py.File(bad / "huge.h5", "w") as file:
+        file["features"], file["coords"] = np.full((5, 12), 1e300), np.arange(10).reshape(5, 2) * 256
+    (bad / "._a.h5").write_bytes(b"of macOS")
     status = call("encode", folder / "model", bad, "-o", tmp_path / "out", "--format", "h5")
     said = capsys.readouterr()
     assert status == 2
-    assert "8 of 9 slides were skipped" in said.err
+    assert "9 of 10 slides were skipped" in said.err
+    assert " and 1 more, each a line above that begins with skipped:" in said.err
+    lines = [line for line in said.err.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == 9
+    assert all(line.startswith(f"skipped: {bad}/") for line in lines)
     for reason in (
         "torn.h5 is damaged", "nothing.h5 is damaged", "broken.pt is damaged",
         "tensor.pt holds features without coords",
         "empty.h5 holds no tiles", "unplaced.h5 holds no coords", "multiply them by 256", "got 7: they are of another",
+        "huge.h5: its embedding is NaN or infinite",
     ):  # fmt: skip
         assert reason in said.err
     with h5py.File(tmp_path / "out" / "good.h5") as file:
         assert file["pooled"].shape == (32,)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["encode.json", "good.h5"]
+
+
+def test_a_result_counts_for_the_file_and_the_settings_it_was_made_of(folder, tmp_path, call, capsys):
+    slides, out = tmp_path / "slides", tmp_path / "slides" / "out"  # results among the features: not taken for any
+    slides.mkdir()
+    for name in "ab":
+        (slides / f"{name}.h5").write_bytes((folder / "h5" / f"{name}.h5").read_bytes())
+    command = ("encode", folder / "model", slides, "-o", out)
+    assert call(*command) == 0
+    assert call(*command) == 0
+    assert "0 slides, 0 tiles" in capsys.readouterr().out.splitlines()[-1]
+    (slides / "a.h5").write_bytes((folder / "h5" / "c.h5").read_bytes())  # extracted anew
+    (out / "b.safetensors").write_bytes(b"torn")
+    (out / ".b.safetensors.partial").write_bytes(b"of a kill")
+    assert call(*command) == 0
+    assert "2 slides, 64 tiles" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["a.safetensors", "b.safetensors", "encode.json"]
+    torch.manual_seed(1)
+    longnet.LongNetSlideModel(longnet.LongNetSlideConfig(**_SIZES)).save_pretrained(tmp_path / "other")
+    for change, what in (
+        (("--format", "h5"), "format"), (("--layers",), "layers"), (("--tiles",), "tiles"),
+        (("--heat-map",), "heat_map"), (("--dtype", "bfloat16"), "dtype, weights"),
+        (("--tile-size", "512"), "tile_size"), (("--tail", "exact"), "tail"), (("--segment-lengths", "4,8,16"), "segment_lengths"),
+    ):  # fmt: skip
+        assert call(*command, *change) == 2
+        assert f"holds results of other settings ({what})" in capsys.readouterr().err
+    assert call("encode", tmp_path / "other", slides, "-o", out) == 2
+    assert "holds results of other settings (weights)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["h5", "safetensors"])
+def test_features_are_never_overwritten(form, folder, tmp_path, call, capsys):
+    source = folder / ("h5/b.h5" if form == "h5" else "e.safetensors")
+    slide = tmp_path / source.name
+    slide.write_bytes(source.read_bytes())
+    assert call("encode", folder / "model", slide, "-o", tmp_path, "--format", form) == 2
+    assert "would take its place" in capsys.readouterr().err
+    assert slide.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["h5", "safetensors"])
+def test_bfloat16_and_every_option_together(form, folder, tmp_path, call):
+    out = tmp_path / "out"
+    options = ("--format", form, "--layers", "--tiles", "--heat-map", "--dtype", "bfloat16")
+    assert call("encode", folder / "model", folder / "h5" / "b.h5", "-o", out, *options) == 0
+    with open_names(out / f"b.{form}") as (names, file):
+        held = {name: torch.tensor(file[name][()]) if form == "h5" else file.get_tensor(name) for name in names}
+    shapes = {"pooled": (32,), "cls": (32,), "layers_mean": (3, 32), "layers_cls": (3, 32), "tiles": (23, 32)}
+    assert {name: tuple(x.shape) for name, x in held.items()} == shapes
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in held.values())
+    slide = read_slide(folder / "h5" / "b.h5").scaled(256)
+    with torch.no_grad():
+        want = longnet.load_gigapath(folder / "model")(slide.tile_embeds, slide.coords).pooled[0]
+    torch.testing.assert_close(held["pooled"], want, rtol=0, atol=0.06)
+    assert (out / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_nothing_can_be_written_one_line_says_so(folder, tmp_path, call, capsys, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    command = ("encode", folder / "model", folder / "h5" / "b.h5", "-o")
+    assert call(*command, tmp_path / "file" / "out") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert call(*command, tmp_path / "out") == 0
+    (tmp_path / "out" / "b.safetensors").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr("os.fsync", full)
+    assert call(*command, tmp_path / "out") == 2
+    assert f"No space left on device: '{tmp_path / 'out' / 'b.safetensors'}'" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["encode.json"]
+    assert call("convert", folder / "model", tmp_path / "back.safetensors") == 2
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_without_h5py_one_line_says_what_to_install(folder, tmp_path, call, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    for slide, options in ((folder / "h5" / "b.h5", ()), (folder / "e.safetensors", ("--format", "h5"))):
+        assert call("encode", folder / "model", slide, "-o", tmp_path / "out", *options) == 2
+        assert "needs h5py: pip install 'longnet-torch[slides]'" in capsys.readouterr().err
 
 
 def test_convert_there_and_back(folder, tmp_path, call, capsys):

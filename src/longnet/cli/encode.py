@@ -31,7 +31,8 @@ def encode(
 ) -> None:
     """Encode slides with GigaPath's slide encoder: a file of embeddings for each feature file.
 
-    What is there already is not made again, so that the same command goes on after an interruption. A file that is
+    What is there already is not made again, so that the same command goes on after an interruption, unless the feature
+    file has changed since; a folder of results of another model or other settings is refused. A file that is
     damaged, empty or has wrong coordinates is named, skipped and counted, and the exit status is 2.
 
     Args:
@@ -66,22 +67,14 @@ def encode(
 
     at_least_one(batch_tiles=batch_tiles, num_heads=num_heads, tile_size=tile_size)
     place = find_device(device, option="--device")
-    paths = find_slides(slides)
+    paths = find_slides(slides, apart=output)
     loaded = load_gigapath(
         model, num_heads, segment_lengths or None, dilation_rates or None, max_wsi_size, tile_size, tail
     )
     encoder = loaded if isinstance(loaded, LongNetSlideModel) else loaded.slides
     torch.nn.Module.to(encoder, place, getattr(torch, dtype))
     wanted = encoding.Wanted(layers, tiles, heat_map, format)
-    config = encoder.config
-    about = {
-        "model": str(model),
-        "segment_lengths": config.segment_lengths,
-        "dilation_rates": config.dilation_rates,
-        "tail": config.tail,
-        "tile_size": config.tile_size,
-        "dtype": dtype,
-    }
+    about = encoding.settings_of(encoder)
     left = encoding.begin(output, paths, wanted, about)
     console = Console(stderr=True)
     skipped: list[Path] = []
@@ -103,7 +96,8 @@ def encode(
     done = len(left) - len(skipped)
     print(f"{done} slides, {tiles_read:,} tiles, in {output}; {len(paths) - len(left)} were there already")
     if skipped:
+        more = f" and {len(skipped) - 8} more, each a line above that begins with skipped:" if len(skipped) > 8 else ""
         raise ValueError(
             f"{len(skipped)} of {len(paths)} slides were skipped, for the reasons above: "
-            f"{', '.join(path.name for path in skipped[:8])}{' …' if len(skipped) > 8 else ''}"
+            f"{', '.join(path.name for path in skipped[:8])}{more}"
         )

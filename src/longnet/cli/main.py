@@ -44,8 +44,8 @@ def main() -> None:
             if not commands.is_out_of_memory(error):
                 raise
             print(
-                "longnet: out of memory: give fewer tokens at a time (--batch-tokens, --chunk, --tokens, "
-                "train.accumulate), a smaller model, or a larger machine",
+                "longnet: out of memory: give fewer tokens at a time (--batch-tokens, --batch-tiles, --chunk, "
+                "--tokens, train.accumulate), a smaller model, or a larger machine",
                 file=sys.stderr,
             )
             sys.exit(2)

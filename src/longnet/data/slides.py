@@ -42,17 +42,24 @@ class SlideFeatures(NamedTuple):
         return self._replace(coords=self.coords.to(torch.float64) * (tile_size / self.step))
 
 
-def find_slides(paths: Sequence[str]) -> list[Path]:
+def find_slides(paths: Sequence[str], apart: Path | None = None) -> list[Path]:
     """Return the feature files that files, folders and globs name, in order, each once.
 
+    Args:
+        paths: files, folders and globs. In folders hidden files are passed over, those of macOS among them.
+        apart: a folder of results, which folders that hold it do not mean.
+
     Raises:
-        ValueError: a path that names no feature file, or two files of one name, whose results would be one file.
+        ValueError: a path that names no feature file, two files of one name, whose results would be one file, or HDF5
+            without h5py.
     """
     found: list[Path] = []
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.name[0] != ".")
+            if apart is not None and path.resolve() in apart.resolve().parents:
+                files = [file for file in files if apart.resolve() not in file.resolve().parents]
         else:
             files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
         if not files:
@@ -66,6 +73,9 @@ def find_slides(paths: Sequence[str]) -> list[Path]:
         if path.stem in names:
             raise ValueError(f"{names[path.stem]} and {path} would have one result, {path.stem}: encode them apart")
         names[path.stem] = path
+    hdf5 = [path for path in found if path.suffix in (".h5", ".hdf5")]
+    if hdf5:
+        import_h5py(str(hdf5[0]))  # rather than skip every one
     return found
 
 
@@ -78,7 +88,7 @@ def count_tiles(path: Path) -> int:
     """
     if path.suffix in _PICKLES:
         return len(read_slide(path).tile_embeds)
-    with _open(path) as (names, file):
+    with open_names(path) as (names, file):
         name = _name(path, names, _FEATURES)
         with reading(path):
             shape = file.get_slice(name).get_shape() if path.suffix == ".safetensors" else _numbers(file[name]).shape
@@ -94,7 +104,6 @@ def read_slide(path: Path) -> SlideFeatures:
     Raises:
         ValueError: a damaged or empty file, one without features or coordinates, or whose numbers differ.
         OSError: no such file, or one that is not ours to read.
-        ModuleNotFoundError: h5py is missing.
     """
     features, coords, step = (_read_pickle if path.suffix in _PICKLES else _read)(path)
     if any(x.layout != torch.strided or x.is_complex() for x in (features, coords)):
@@ -114,7 +123,7 @@ def read_slide(path: Path) -> SlideFeatures:
 
 def _read(path: Path) -> tuple[Tensor, Tensor, Any]:
     held = []
-    with _open(path) as (names, file):
+    with open_names(path) as (names, file):
         step: Any = None
         for known in (_FEATURES, _COORDS):
             name = _name(path, names, known)
@@ -172,22 +181,36 @@ def _tiles(path: Path, shape: Sequence[int]) -> int:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[Sequence[str], Any]]:
-    """Open HDF5 or safetensors, and list the names in it."""
+def open_names(path: Path) -> Iterator[tuple[Sequence[str], Any]]:
+    """Open HDF5 or safetensors, and list the names in it.
+
+    Raises:
+        ValueError: a damaged file, or h5py is missing.
+        OSError: no such file, or one that is not ours to read.
+    """
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with reading(path):
             opened: Any = safe_open(path, "pt")
     else:
-        try:
-            import h5py  # type: ignore[import-untyped]
-        except ModuleNotFoundError:
-            needs = f"{path} is HDF5, which needs h5py: pip install 'longnet-torch[slides]'"
-            raise ModuleNotFoundError(needs) from None
+        h5py = import_h5py(str(path))
         with reading(path):
             opened = h5py.File(path, "r")
     with opened as file:
         with reading(path):
             names = list(file.keys())
         yield names, file
+
+
+def import_h5py(use: str) -> Any:
+    """Return the module h5py, an extra; `use` says what needs it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import h5py  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ValueError(f"{use} needs h5py: pip install 'longnet-torch[slides]'") from error
+    return h5py

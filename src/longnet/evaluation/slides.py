@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import warnings
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from longnet.data.slides import SlideFeatures, count_tiles, read_slide
+from longnet.data.slides import SlideFeatures, count_tiles, import_h5py, open_names, read_slide
 from longnet.data.writer import write_whole
 from longnet.model.attention_maps import watch_received
 from longnet.model.slides import LongNetSlideModel, SlideOutput, collate_slides
@@ -24,6 +25,10 @@ from longnet.plots import draw_heat_map
 Format = Literal["safetensors", "h5"]
 
 _SETTINGS = "encode.json"
+_DECIDING = (
+    "num_attention_heads", "segment_lengths", "dilation_rates", "head_offsets", "queries", "rotate_offsets", "tail",
+    "tile_size", "grid_size", "layer_norm_eps", "head_norm_eps", "hidden_act",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +67,22 @@ class Encoded(NamedTuple):
 def begin(folder: Path, paths: Sequence[Path], wanted: Wanted, about: dict[str, Any]) -> list[Path]:
     """Return the slides that are still to be encoded, and note the settings in the folder.
 
+    A slide is done where its result says that it was made of a file of this size and time.
+
     Args:
         folder: of the results.
         paths: feature files.
         wanted: what is written.
-        about: the model and its settings; results of other settings are not mixed with these.
+        about: the model's settings (`settings_of`); results of other settings are not mixed with these.
 
     Raises:
-        ValueError: the folder holds results of other settings.
+        ValueError: the folder holds results of other settings, or a feature file where a result would be.
     """
+    if wanted.format == "h5":
+        import_h5py("--format h5")
+    for path in paths:
+        if _result(folder, path, wanted).resolve() == path.resolve():
+            raise ValueError(f"the result of {path} would take its place: choose another folder than {folder}")
     settings = json.loads(json.dumps({**about, **dataclasses.asdict(wanted)}))
     noted = folder / _SETTINGS
     if noted.exists():
@@ -83,7 +95,20 @@ def begin(folder: Path, paths: Sequence[Path], wanted: Wanted, about: dict[str, 
     else:
         with write_whole(noted) as file:
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
-    return [path for path in paths if not _result(folder, path, wanted).exists()]
+    return [path for path in paths if not _is_done(path, _result(folder, path, wanted))]
+
+
+def settings_of(model: LongNetSlideModel) -> dict[str, Any]:
+    """Return what decides a model's results: a digest of its weights, and the fields of its configuration."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy())
+    return {
+        "weights": digest.hexdigest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **{name: getattr(model.config, name) for name in _DECIDING},
+    }
 
 
 def encode(
@@ -114,9 +139,13 @@ def encode(
         for path in batch:
             try:
                 slide = read_slide(path).scaled(model.config.tile_size)
-                notes = _try(model, slide)
             except (ValueError, OSError) as error:
                 yield Encoded(path, 0, str(error))
+                continue
+            try:
+                notes = _try(model, slide)
+            except ValueError as error:
+                yield Encoded(path, 0, f"{path}: {error}")
                 continue
             slides.append(slide)
             read.append(path)
@@ -124,11 +153,16 @@ def encode(
             if notes:
                 yield Encoded(path, 0, None, notes)
         if slides:
-            _encode(model, slides, [_result(folder, path, wanted) for path in read], wanted)
-        yield from (Encoded(path, lengths[path], None) for path in read)
+            for path, is_finite in zip(read, _encode(model, slides, read, folder, wanted), strict=True):
+                problem = f"{path}: its embedding is NaN or infinite, as of features too large for {model.dtype}"
+                yield Encoded(path, lengths[path], None) if is_finite else Encoded(path, 0, problem)
 
 
-def _encode(model: LongNetSlideModel, slides: list[SlideFeatures], results: list[Path], wanted: Wanted) -> None:
+def _encode(
+    model: LongNetSlideModel, slides: list[SlideFeatures], paths: list[Path], folder: Path, wanted: Wanted
+) -> Iterator[bool]:
+    """Write each slide's result where it is finite; yield whether it is."""
+    sources = [_source(path) for path in paths]
     inputs = collate_slides([(slide.tile_embeds.float(), slide.coords) for slide in slides])
     if len(slides) == 1:
         inputs.pop("padding_mask")
@@ -147,17 +181,23 @@ def _encode(model: LongNetSlideModel, slides: list[SlideFeatures], results: list
         final = model.final(output)
         if watched is not None:
             maps = watched()
-    for row, (slide, path) in enumerate(zip(slides, results, strict=True)):
+    for row, (slide, source, path) in enumerate(zip(slides, sources, paths, strict=True)):
         tensors = {"pooled": final.pooled[row], "cls": final.cls[row]}
         for pool, states in layers.items() if wanted.layers else ():
             tensors[f"layers_{pool}"] = torch.stack([state[row] for state in states])
         if wanted.tiles:
             tensors["tiles"] = final.last_hidden_state[row, : len(slide.tile_embeds)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            yield False
+            continue
+        result = _result(folder, path, wanted)
         if maps is not None:
-            received = maps[row, 1 : len(slide.tile_embeds) + 1].cpu()
-            with write_whole(path.with_suffix(".png")) as file:
+            received = maps[row, 1 : len(slide.tile_embeds) + 1].float().cpu()
+            with write_whole(result.with_suffix(".png")) as file:
                 draw_heat_map(slide.coords.numpy(), received.numpy(), model.config.tile_size, file)
-        _write(path, {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, wanted.format)
+        held = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+        _write(result, held, wanted.format, source)
+        yield True
 
 
 def _try(model: LongNetSlideModel, slide: SlideFeatures) -> tuple[str, ...]:
@@ -182,16 +222,33 @@ def _result(folder: Path, path: Path, wanted: Wanted) -> Path:
     return folder / f"{path.stem}.{wanted.format}"
 
 
-def _write(path: Path, tensors: dict[str, Tensor], form: Format) -> None:
-    if form == "safetensors":
-        data = save(tensors)
-    else:
-        import h5py  # type: ignore[import-untyped]  # noqa: PLC0415  # an extra
+def _source(path: Path) -> dict[str, str]:
+    about = path.stat()
+    return {"source": str(path), "source_bytes": str(about.st_size), "source_mtime_ns": str(about.st_mtime_ns)}
 
+
+def _is_done(path: Path, result: Path) -> bool:
+    if not result.exists():
+        return False
+    try:
+        with open_names(result) as (_, file):
+            held = file.metadata() or {} if result.suffix == ".safetensors" else dict(file.attrs)
+    except ValueError:  # it is damaged, or none of ours
+        return False
+    wanted = _source(path)
+    return all(held.get(name) == wanted[name] for name in ("source_bytes", "source_mtime_ns"))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], form: Format, source: dict[str, str]) -> None:
+    if form == "safetensors":
+        data = save(tensors, source)
+    else:
+        h5py = import_h5py("--format h5")
         held = io.BytesIO()
         with h5py.File(held, "w") as file:
             for name, tensor in tensors.items():
                 file[name] = tensor.numpy()
+            file.attrs.update(source)
         data = held.getvalue()
     with write_whole(path) as file:
         file.write(data)
