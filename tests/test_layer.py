@@ -91,6 +91,25 @@ def test_what_cannot_be_honoured_says_what_to_do(keywords, message):
         DilatedSelfAttention(16, 2, DILATED)(torch.randn(1, 4, 16), **keywords)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"dropout": 0.1}, "dropout: attention dropout is not supported"),
+        ({"batch_first": True}, "batch_first: rows are .* leave batch_first away"),
+        ({"speed": 9}, "speed: DilatedSelfAttention has no such keyword"),
+    ],
+)
+def test_keywords_of_the_dense_layers_constructor_say_what_to_do(keywords, message):
+    with pytest.raises(TypeError, match=message):
+        DilatedSelfAttention(16, 2, DILATED, **keywords)
+
+
+def test_query_key_and_value_are_one():
+    x = torch.randn(1, 4, 16)
+    with pytest.raises(TypeError, match=r"got 3 tensors: this is self-attention.*layer\(x\), which returns the output"):
+        DilatedSelfAttention(16, 2, DILATED)(x, x, x)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
         DilatedSelfAttention(16, 3, DILATED)

@@ -20,6 +20,15 @@ _REFUSED = {
     "padding_mask": "this layer has nn.MultiheadAttention's key_padding_mask, True where there is padding: pass its "
     "opposite, key_padding_mask=~padding_mask",
 }
+# Keywords of its constructor, likewise.
+_NOT_BUILT = {
+    "dropout": "attention dropout is not supported: leave dropout away, and drop out the output instead",
+    "batch_first": "rows are (batch, tokens, channels), as with batch_first=True: leave batch_first away",
+    "add_bias_kv": "there is no bias among keys and values: leave add_bias_kv away",
+    "add_zero_attn": "there is no zero row among keys and values: leave add_zero_attn away",
+    "kdim": "keys come from the same rows as queries: leave kdim away",
+    "vdim": "values come from the same rows as queries: leave vdim away",
+}
 
 
 class DilatedSelfAttention(nn.Module):
@@ -44,10 +53,11 @@ class DilatedSelfAttention(nn.Module):
         bias: of the projections.
         device: of the parameters.
         dtype: of the parameters.
+        refused: keywords that cannot be honoured, and are told so.
 
     Raises:
         ValueError: sizes that do not divide, or an odd head dim with `rope`.
-        TypeError: `pattern` is no DilationPattern.
+        TypeError: `pattern` is no DilationPattern, or a keyword of `nn.MultiheadAttention` that cannot be honoured.
     """
 
     def __init__(
@@ -61,8 +71,11 @@ class DilatedSelfAttention(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **refused: Any,
     ) -> None:
         super().__init__()
+        for name in refused:
+            raise TypeError(f"{name}: {_NOT_BUILT.get(name, 'DilatedSelfAttention has no such keyword')}")
         if not isinstance(pattern, DilationPattern):
             raise TypeError(
                 f"pattern must be a DilationPattern, got {type(pattern).__name__}: DilationPattern.parse reads text"
@@ -105,7 +118,7 @@ class DilatedSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        *,
+        *others: Tensor,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -115,6 +128,7 @@ class DilatedSelfAttention(nn.Module):
 
         Args:
             x: (B, T, C), or (T, C) for one sequence; any T.
+            others: refused: query, key and value of `nn.MultiheadAttention` are one here.
             is_causal: hide the tokens after each query.
             key_padding_mask: (B, T), or (T,), bool, True for padding, which lies before or after a row's real tokens.
                 Segments and positions count from the first real token; the padding's output is that of 0.
@@ -126,8 +140,13 @@ class DilatedSelfAttention(nn.Module):
 
         Raises:
             ValueError: shapes or masks that do not fit.
-            TypeError: a keyword of `nn.MultiheadAttention` that cannot be honoured, and what to do instead.
+            TypeError: an argument of `nn.MultiheadAttention` that cannot be honoured, and what to do instead.
         """
+        if others:
+            raise TypeError(
+                f"got {1 + len(others)} tensors: this is self-attention, whose query, key and value are one: layer(x), "
+                "which returns the output alone"
+            )
         for name in refused:
             raise TypeError(f"{name}: {_REFUSED.get(name, 'DilatedSelfAttention has no such keyword')}")
         if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
