@@ -122,6 +122,8 @@ def test_a_result_counts_for_the_file_and_the_settings_it_was_made_of(folder, tm
     assert call(*command) == 0
     assert call(*command) == 0
     assert "0 slides, 0 tiles" in capsys.readouterr().out.splitlines()[-1]
+    assert call("encode", folder / "model", slides / "a.h5", "-o", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "a.safetensors").read_bytes() == (out / "a.safetensors").read_bytes()
     (slides / "a.h5").write_bytes((folder / "h5" / "c.h5").read_bytes())  # extracted anew
     (out / "b.safetensors").write_bytes(b"torn")
     (out / ".b.safetensors.partial").write_bytes(b"of a kill")
@@ -133,7 +135,8 @@ def test_a_result_counts_for_the_file_and_the_settings_it_was_made_of(folder, tm
     for change, what in (
         (("--format", "h5"), "format"), (("--layers",), "layers"), (("--tiles",), "tiles"),
         (("--heat-map",), "heat_map"), (("--dtype", "bfloat16"), "dtype, weights"),
-        (("--tile-size", "512"), "tile_size"), (("--tail", "exact"), "tail"), (("--segment-lengths", "4,8,16"), "segment_lengths"),
+        (("--tile-size", "512"), "tile_size"), (("--tail", "exact"), "tail"),
+        (("--segment-lengths", "4,8,16"), "segment_lengths"),
     ):  # fmt: skip
         assert call(*command, *change) == 2
         assert f"holds results of other settings ({what})" in capsys.readouterr().err

@@ -223,8 +223,8 @@ def _result(folder: Path, path: Path, wanted: Wanted) -> Path:
 
 
 def _source(path: Path) -> dict[str, str]:
-    about = path.stat()
-    return {"source": str(path), "source_bytes": str(about.st_size), "source_mtime_ns": str(about.st_mtime_ns)}
+    about = path.stat()  # in one value: of several, safetensors draws the order anew each time
+    return {"source": json.dumps({"file": str(path), "bytes": about.st_size, "mtime_ns": about.st_mtime_ns})}
 
 
 def _is_done(path: Path, result: Path) -> bool:
@@ -232,11 +232,12 @@ def _is_done(path: Path, result: Path) -> bool:
         return False
     try:
         with open_names(result) as (_, file):
-            held = file.metadata() or {} if result.suffix == ".safetensors" else dict(file.attrs)
+            about = file.metadata() or {} if result.suffix == ".safetensors" else file.attrs
+            held = json.loads(about.get("source", "{}"))
     except ValueError:  # it is damaged, or none of ours
         return False
-    wanted = _source(path)
-    return all(held.get(name) == wanted[name] for name in ("source_bytes", "source_mtime_ns"))
+    wanted = json.loads(_source(path)["source"])
+    return all(held.get(name) == wanted[name] for name in ("bytes", "mtime_ns"))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], form: Format, source: dict[str, str]) -> None:
