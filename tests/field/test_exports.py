@@ -5,7 +5,7 @@
 | torch.export | LongNet, a dilated Llama, one length and any length | the model's logits |
 | torch.jit.trace | "Cannot insert a Tensor that requires grad as a constant" and a page of numbers | one line |
 | torch.onnx.export(dynamo=False) | "unsupported type: DynamicCache" | one line |
-| torch.onnx.export(dynamo=True) | "No ONNX function found for aten.cummax" and a page of advice | our line, in the exporter's report |
+| torch.onnx.export(dynamo=True) | "No ONNX function for aten.cummax" and much advice | our line, within its report |
 | transformers serve | "module transformers has no attribute LongNetForCausalLM" | answers: test_import.py |
 | transformers' ExecuTorch | "Could not guard on data-dependent expression" | one line |
 | transformers' generate_batch | paged caches | one line, from transformers |
