@@ -53,7 +53,8 @@ def loss_table(rows: list[Row], kind: str, title: str) -> str:
             pairs = [(files[name], other) for name, other in losses.get(("dense", healed), {}).items() if name in files]
             if pairs and system != "dense":
                 change = mean_difference(np.array([own[column] - other[column] for own, other in pairs]))
-                cells[-1] += f" ({change.mean:+.3f} ± {change.standard_error or np.nan:.3f})"
+                error = np.nan if change.standard_error is None else change.standard_error
+                cells[-1] += f" ({change.mean:+.3f} ± {error:.3f})"
         lines.append([named(system, healed), len(files), *cells])
     return table([title, "files", *rows[0][kind]], lines)
 

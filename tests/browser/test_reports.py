@@ -71,7 +71,7 @@ def comparison_report(tmp_path_factory):
     return write_report(Outcome(results, {}, timing, {"data": {"path": "runs/linux"}}, False), folder)
 
 
-@pytest.mark.parametrize(("name", "charts"), [("table2-tiny", 2), ("recall-tiny", 4)])
+@pytest.mark.parametrize(("name", "charts"), [("table2-tiny", 2), ("recall-tiny", 4), ("recall-long", 4)])
 def test_reports_that_are_stored(name, charts, show):
     page = show(Path(__file__).parents[2] / "benchmarks" / "results" / name / "report.html")
     assert page.locator("p.headline").is_visible()

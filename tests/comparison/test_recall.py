@@ -14,7 +14,7 @@ from longnet.comparison.recall import RecallCell, RecallCellResult, RecallOutcom
 from longnet.comparison.recall_report import SystemRecall, describe_headline, gather_systems
 from longnet.evaluation.recall import RecallResult, RecallTask
 
-COMMITTED = Path(__file__).parents[2] / "benchmarks/results/recall-tiny"
+COMMITTED = Path(__file__).parents[2] / "benchmarks/results"
 RECIPE = """
 [task]
 tokens = 64
@@ -92,11 +92,23 @@ def test_another_command_says_whose_recipe_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("longnet: recall-tiny is a recipe of longnet recall")
 
 
-def test_the_committed_report_is_of_the_committed_results_and_holds_the_bar():
-    recipe = load_recipe(Path("recall-tiny"), kind=RecallRecipe)
-    results = [RecallCellResult.load(COMMITTED / "cells" / cell.name) for cell in recipe.all_cells]
+def systems_of(name):
+    """Return the recipe and the systems of a committed run, its report's headline that of its results."""
+    recipe = load_recipe(Path(name), kind=RecallRecipe)
+    results = [RecallCellResult.load(COMMITTED / name / "cells" / cell.name) for cell in recipe.all_cells]
     systems = gather_systems(RecallOutcome(recipe, results, {}, False))
-    assert f"**{describe_headline(systems, recipe.task)}**" in (COMMITTED / "report.md").read_text()
+    assert f"**{describe_headline(systems, recipe.task)}**" in (COMMITTED / name / "report.md").read_text()
+    return recipe, systems
+
+
+def test_the_committed_report_at_4096_tokens_is_of_the_committed_results():
+    recipe, systems = systems_of("recall-long")
+    assert recipe.task.tokens == 4096
+    assert {one.system for one in systems} == set(recipe.recall.systems)
+
+
+def test_the_committed_report_is_of_the_committed_results_and_holds_the_bar():
+    recipe, systems = systems_of("recall-tiny")
     by_name = {one.system: one for one in systems}
     ours, dense = by_name["64:1,512:8;all"], by_name["sdpa"]
     assert ours.share <= 0.26
