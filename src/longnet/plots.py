@@ -315,7 +315,7 @@ def draw_curves(
             ax.set_xscale("log")
             every = [place for curve in curves for place in curve.x]
             span = max(every) / min(every)
-            ticks = LogLocator(subs=(1, 2, 5) if span < 1000 else (1,), numticks=6)
+            ticks = LogLocator(subs=(1, 2, 5) if span < 100 else (1,), numticks=6)
             ax.xaxis.set_major_locator(ticks if span >= 10 else MaxNLocator(4))  # too few marks, or too close
             ax.xaxis.set_major_formatter(lambda value, _: name_count(value))
             ax.xaxis.set_minor_formatter(NullFormatter())
