@@ -24,14 +24,14 @@ def longnet_model(pattern=PATTERN, *, layers=2, position="rope", **fields):
     return LongNetForCausalLM(config).double().train()
 
 
-def llama():
+def llama(pattern=PATTERN):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double().train()
-    longnet.use_dilated_attention(model, PATTERN)
+    longnet.use_dilated_attention(model, pattern)
     return model
 
 

@@ -1,6 +1,8 @@
 """A step in chunks against one pass over the whole sequence: loss, gradients, what is saved, and what is refused."""
 
+import dataclasses
 import functools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +22,23 @@ from longnet.training.loop import train
 from longnet.training.parallel import compile_layers
 from training.runs import lines
 from training.steps import PATTERN, assert_same, gradients, llama, longnet_model, reader_of, tokens_of, whole
+
+SMALL = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def model_with_sinks(pattern=PATTERN):
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=8, layer_types=["full_attention"] * 2)).train()
+    longnet.use_dilated_attention(model, pattern)
+    return model  # in float32: its experts know no float64
+
+
+def adapted_llama(pattern=PATTERN):
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(llama(pattern), adapters)
 
 
 @settings(max_examples=25)
@@ -72,6 +91,46 @@ def test_accumulated_parts_are_one_batch():
     assert_same(model, learning.loss, expected)
 
 
+@pytest.mark.parametrize(
+    ("make", "limit"), [(longnet_model, 1e-10), (llama, 1e-10), (adapted_llama, 1e-10), (model_with_sinks, 1e-5)]
+)
+@settings(max_examples=12)
+@given(patterns(), st.integers(2, 70), st.integers(1, 40), st.booleans(), st.data())
+@pytest.mark.filterwarnings("ignore:.*no branch of dilation rate 1")
+@pytest.mark.filterwarnings("ignore:.*no head keeps")
+def test_padding_packing_and_parts_of_any_shape(make, limit, pattern, tokens, chunk_tokens, is_checkpointed, data):
+    """Documents or padding anywhere, in a batch of one or more parts: decoders, adapters, sinks."""
+    model = make(dataclasses.replace(pattern, offset_shift=0))
+    if is_checkpointed:
+        checkpoint_layers(model)
+    parts, is_packed = data.draw(st.integers(1, 3), label="parts"), data.draw(st.booleans(), label="packed")
+    rows = parts * (1 if is_packed else data.draw(st.integers(1, 2), label="rows of a part"))
+    ids, targets = tokens_of(rows, tokens)
+    edges = [sorted(data.draw(st.sets(st.integers(1, tokens - 1), max_size=3), label="edges")) for _ in range(rows)]
+    if is_packed:
+        bounds = [(row, start, stop) for row in range(rows) for start, stop in pairwise([0, *edges[row], tokens])]
+    else:
+        # Odd rows are padded behind, even ones before.
+        bounds = [
+            (row, 0, (edges[row] or [tokens])[0]) if row % 2 else (row, (edges[row] or [0])[0], tokens)
+            for row in range(rows)
+        ]
+    numbers = torch.zeros(rows, tokens, dtype=torch.long)
+    positions = torch.zeros_like(numbers)
+    for number, (row, start, stop) in enumerate(bounds, 1):
+        numbers[row, start:stop], positions[row, start:stop] = number, torch.arange(stop - start)
+    targets[numbers == 0] = -100
+    items = int((targets != -100).sum())
+    expected = whole(model, ids, targets, attention_mask=numbers, position_ids=positions)
+    with ChunkedStep(
+        model, reader_of(ids, targets), sequences=rows, tokens=tokens, chunk_tokens=chunk_tokens, items=items,
+        parts=parts, bounds=torch.tensor(bounds),
+    ) as learning:  # fmt: skip
+        for _ in learning:
+            pass
+    assert_same(model, learning.loss, expected, limit=limit)
+
+
 def test_a_chunk_that_gives_no_row_is_not_the_end_of_a_segment():
     model = longnet_model(DilationPattern.geometric(4, 512))
     ids, targets = tokens_of(1, 512)
@@ -93,22 +152,13 @@ def test_any_causal_model_of_transformers():
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=16), expected)
     checkpoint_layers(model)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=16), expected)
-    adapted = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted = adapted_llama()
     expected = whole(adapted, ids, targets)
     assert_same(adapted, chunked_gradients(adapted, ids, targets, chunk_tokens=16), expected)
 
 
-SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-}  # fmt: skip
-
-
 def test_a_model_with_sinks():
-    torch.manual_seed(0)
-    config = GptOssConfig(**SMALL, head_dim=8, layer_types=["full_attention"] * 2)
-    model = GptOssForCausalLM(config).train()  # whose experts know no float64
-    longnet.use_dilated_attention(model, PATTERN)
+    model = model_with_sinks()
     ids, targets = tokens_of(1, 101)
     expected = whole(model, ids, targets)
     assert any("sinks" in name and gradient.any() for name, gradient in expected[1].items())
@@ -277,6 +327,10 @@ def test_the_log_takes_what_the_formula_says(tmp_path):
 
 
 def test_what_cannot_learn_in_chunks_is_refused():
+    ids, targets = tokens_of(2, 20)
+    with pytest.raises(ValueError, match=r"^several documents in one sequence need parts of one .* set parts=2"):
+        ChunkedStep(longnet_model(), reader_of(ids, targets), sequences=2, tokens=20, chunk_tokens=8, items=9,
+                    bounds=torch.tensor([(0, 0, 9), (0, 9, 20), (1, 0, 20)]))  # fmt: skip
     ids, targets = tokens_of(1, 20)
     dense = LongNetForCausalLM(LongNetConfig.preset("tiny", attn_implementation="sdpa"))
     with pytest.raises(ValueError, match=r'attention is "dilated".* got LongNetForCausalLM'):

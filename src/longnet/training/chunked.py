@@ -175,6 +175,11 @@ class ChunkedStep:
         self.device = next(model.parameters()).device
         self.rows = sequences // parts
         bounds = whole_rows(sequences, tokens) if bounds is None else bounds.cpu()
+        if self.rows > 1 and not torch.equal(bounds[:, 0], torch.arange(sequences)):
+            raise ValueError(
+                f"several documents in one sequence need parts of one sequence, got {len(bounds)} documents in "
+                f"{sequences} sequences and {parts} parts: set parts={sequences}"
+            )
         config = self.inner.config.get_text_config(decoder=True)
         self.heads = heads_of(config)[0]
         self.tapes = [
