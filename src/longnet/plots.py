@@ -149,7 +149,10 @@ def draw_pattern(
         raise ValueError(f"can draw up to {_DRAWN_TOKENS:,} tokens, got {tokens:,}: scale the pattern down with them")
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
-        raise ValueError(f"cannot draw {str(path)!r}: the suffix must be one of {', '.join(sorted(formats))}")
+        raise ValueError(
+            f"cannot draw {str(path)!r}: the suffix must be one of {', '.join(sorted(formats))}, or html, "
+            "from longnet show, for the page in which it can be changed"
+        )
     heads, branches = min(num_heads, shown), pattern.branches
     grids = [
         [

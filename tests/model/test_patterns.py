@@ -16,8 +16,10 @@ from transformers import (
 
 from longnet import DilatedCache, DilationPattern, LongNetConfig, LongNetModel, use_dilated_attention
 from longnet.attention import reference
-from longnet.model.patterns import pattern_of
+from longnet.cli.recipe import load_recipe
+from longnet.model.patterns import pattern_of, warn_of_unseen
 from longnet.model.versions import CACHE
+from longnet.training.config import Recipe, config_of
 from tolerances import SAME_FLOAT32
 
 PATTERN = DilationPattern((8, 32), (1, 5), queries="all")
@@ -101,7 +103,20 @@ def test_positions_that_no_head_keeps_are_told_with_the_mend():
     with pytest.warns(UserWarning, match=r"no head keeps 1 of each 7 .* or more than 3 layers"):
         use_dilated_attention(model, DilationPattern((8, 32), (1, 7)), rotate_offsets=True)
     with pytest.warns(UserWarning, match="rotate_offsets=True, which shifts them with depth"):
-        AutoModelForCausalLM.from_config(LongNetConfig.preset("tiny", dilation_rates=(1, 2, 4, 16)))
+        AutoModelForCausalLM.from_config(LongNetConfig.preset("tiny", dilation_rates=(1, 2, 16)))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "5m", "25m", "125m", "350m", "760m", "2.7b"])
+def test_no_preset_has_such_positions(preset, recwarn):
+    config = LongNetConfig.preset(preset)
+    warn_of_unseen(config.pattern, config)
+    assert not recwarn
+
+
+def test_the_demo_has_no_such_positions(recwarn):
+    config = config_of(load_recipe("demo", kind=Recipe).model)
+    warn_of_unseen(config.pattern, config)
+    assert not recwarn
 
 
 def test_they_are_told_once_however_many_branches_lack_some(recwarn):

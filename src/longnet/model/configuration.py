@@ -44,8 +44,9 @@ _OF_LOADING = {
 }  # fmt: skip
 
 _LAPTOP: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024, 2048), "dilation_rates": (1, 2, 4, 8)}
+_THREE: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024), "dilation_rates": (1, 2, 4)}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_LAPTOP},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_THREE},
     "5m": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, **_LAPTOP},
     "25m": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, **_LAPTOP},
     "125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -171,7 +172,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
 
         `"125m"`, `"350m"`, `"760m"`, `"2.7b"` are the sizes of the paper's Figure 7, with the widths and depths that
         GPT-3 gave them (arXiv:2005.14165 table 2.1) and the paper's pattern; they count a vocabulary half as large as
-        cl100k_base. `"tiny"` (tests), `"5m"` and `"25m"` are for laptops: bytes for tokens, segments 256 … 2048.
+        cl100k_base. `"tiny"` (tests), `"5m"` and `"25m"` are for laptops: bytes for tokens, segments 256 … 2048
+        (tiny: … 1024), as many heads as the largest rate.
 
         Raises:
             ValueError: another name.

@@ -101,7 +101,9 @@ def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
     if not lacking:
         return
     length, rate, unseen = lacking[0]
-    others = f" (and {len(lacking) - 1} other branches lack some)" if len(lacking) > 1 else ""
+    others = {1: "", 2: " (and one other branch lacks some)"}.get(
+        len(lacking), f" (and {len(lacking) - 1} other branches lack some)"
+    )
     mend = f"or more than {layers} layers" if rotates else "or rotate_offsets=True, which shifts them with depth"
     warnings.warn(
         f"in the branch {length}:{rate} of {pattern} no head keeps {unseen} of each {rate} positions{others}, with "
