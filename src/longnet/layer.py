@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longnet.attention.backends.dispatch import Backend
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 from longnet.positions import RotaryPositions, rotate
@@ -53,6 +54,7 @@ class DilatedSelfAttention(nn.Module):
         bias: of the projections.
         device: of the parameters.
         dtype: of the parameters.
+        backend: as in `dilated_attention`.
         refused: keywords that cannot be honoured, and are told so.
 
     Raises:
@@ -71,6 +73,7 @@ class DilatedSelfAttention(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
         **refused: Any,
     ) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class DilatedSelfAttention(nn.Module):
                 f"rope={rope!r} with {head_dim} channels a head"
             )
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
-        self.pattern = pattern
+        self.pattern, self.backend = pattern, backend
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = (num_heads + 2 * num_kv_heads) * head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim, **made))
@@ -164,8 +167,9 @@ class DilatedSelfAttention(nn.Module):
             q, k = (rotate(part, rotation) for part, rotation in zip((q, k), turned, strict=True))
         padding_mask = None if key_padding_mask is None else self._real(key_padding_mask, rows)
         out = dilated_attention(
-            q, k, v, self.pattern, is_causal=is_causal, padding_mask=padding_mask, cu_seqlens=cu_seqlens
-        )
+            q, k, v, self.pattern, is_causal=is_causal, padding_mask=padding_mask, cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )  # fmt: skip
         out = nn.functional.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         return out if x.ndim == 3 else out[0]
 

@@ -59,6 +59,7 @@ def evaluate(
     from longnet.evaluation.record import Evaluation
     from longnet.evaluation.scoring import refuse_more_positions
     from longnet.measurement import find_device, provenance
+    from longnet.model.patterns import kind_of
 
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
     for length in contexts:
@@ -96,7 +97,7 @@ def evaluate(
     if not all(math.isfinite(result.loss) for result in results):
         raise ValueError(f"the loss of {model} on these tokens is not finite: its weights or its attention overflow")
     evaluation = Evaluation(
-        str(model), str(data), str(loaded.model.config._attn_implementation), loaded.training_length, results, keys,
+        str(model), str(data), kind_of(loaded.model.config), loaded.training_length, results, keys,
         {**provenance(place), "data_fingerprint": token_data.fingerprint},
     )  # fmt: skip
     _show(evaluation, console)

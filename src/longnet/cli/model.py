@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-OURS = ("dilated", "sparse_fixed", "sdpa", "eager")  # what is named first
+OURS = ("dilated", "dilated_triton", "sparse_fixed", "sdpa", "eager")  # what is named first
 
 
 class Loaded(NamedTuple):

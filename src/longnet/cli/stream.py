@@ -28,6 +28,7 @@ def stream(
     resume: bool = False,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    backend: Literal["auto", "triton"] = "auto",
 ) -> None:
     """Read files as ONE sequence, exactly and in constant memory; write loss and perplexity by position.
 
@@ -53,6 +54,7 @@ def stream(
         resume: Go on from the state in the output folder, if there is one.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: Of weights and state.
+        backend: Of dilated attention: "triton" is one fused kernel, on CUDA, which has never run on a GPU.
     """
     import gc
     import json
@@ -66,13 +68,13 @@ def stream(
     from longnet.data.documents import Reading
     from longnet.evaluation import stream as reading
     from longnet.measurement import find_device, provenance
-    from longnet.model.patterns import pattern_of
+    from longnet.model.patterns import dilated_by, pattern_of
     from longnet.plots import draw_by_position
 
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
     place = find_device(device, option="--device")
-    loaded, folder, _, trained = load_model(model, place, "dilated", getattr(torch, dtype))
+    loaded, folder, _, trained = load_model(model, place, dilated_by(backend), getattr(torch, dtype))
     source = reading.open_source(
         files, tokenizer, folder, loaded.config.vocab_size, suffixes=suffixes, exclude=exclude,
         reading=Reading(text_field, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n),

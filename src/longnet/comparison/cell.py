@@ -145,7 +145,7 @@ def _finish(
     device: torch.device,
 ) -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=settings.model.attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=settings.implementation)
     model.to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.train.dtype == "bfloat16"):
         contexts = evaluate_contexts(

@@ -19,7 +19,8 @@ from longnet.training.config import Tables
 _PLAN = "comparison.json"
 # What may change between two runs of the command: where things lie and what is told, nothing that is learned.
 _FREE = {
-    "sample", "checkpoint", "data.path", "train.device", "train.log_every", "train.tensorboard", "train.max_skipped",
+    "sample", "checkpoint", "data.path", "train.device", "train.backend", "train.log_every", "train.tensorboard",
+    "train.max_skipped",
 }  # fmt: skip
 
 

@@ -130,6 +130,8 @@ class ComparisonRecipe(Recipe):
             config = Recipe(data=self.data, model=model).model_config(data)
             fields = fields_of(cell.attention, config, tokens=cell.length, sparse_block=self.compare.sparse_block)
         model = dataclasses.replace(model, **fields)
+        if model.attention != "dilated":
+            train = dataclasses.replace(train, backend="auto")
         # The comparison evaluates each cell at its end; training's own last evaluation is one window here.
         evaluate = dataclasses.replace(self.evaluate, contexts=self.scored_contexts[:1], tokens=1)
         if self.evaluate.every:

@@ -23,6 +23,7 @@ from longnet.measurement import provenance
 from longnet.model.budget import count_parameters
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import attention_flops
+from longnet.model.patterns import kind_of
 from longnet.training.checkpoint import lock_run
 from longnet.training.config import ModelConfig, Tables, config_of, plain
 from longnet.training.optim import OptimConfig, gradient_norm, learning_rate, make_optimizer, update
@@ -259,7 +260,7 @@ def _run(recipe: RecallRecipe, cell: RecallCell, folder: Path, *, progress: bool
     RecallCellResult(
         system=cell.system,
         seed=cell.seed,
-        pattern=describe_pattern(config, config._attn_implementation),
+        pattern=describe_pattern(config, kind_of(config)),
         parameters=count_parameters(config).total - count_parameters(config).embedding,
         attention_flops=flops,
         steps=settings.steps,

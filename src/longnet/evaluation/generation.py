@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from longnet.evaluation.scoring import refuse_more_positions
 from longnet.model.cache import DilatedCache, refusal
+from longnet.model.patterns import kind_of
 from longnet.model.versions import CACHE
 
 _PREFILL = 8192  # tokens of the prompt that go forward at a time, so that memory does not grow with the prompt
@@ -150,7 +151,7 @@ class StreamedText(BaseStreamer):
 def _prefilled(model: PreTrainedModel, input_ids: Tensor, tokens: int) -> dict[str, DilatedCache]:
     """Return a cache that has read a long prompt but for its last part, where the cache's size is constant."""
     config = model.config.get_text_config(decoder=True)
-    if input_ids.shape[1] <= _PREFILL or config._attn_implementation != "dilated" or refusal(config) is not None:
+    if input_ids.shape[1] <= _PREFILL or kind_of(config) != "dilated" or refusal(config) is not None:
         return {}
     cache = DilatedCache(config, max_tokens=input_ids.shape[1] + tokens)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longnet.model.configuration import LongNetConfig
 from longnet.model.modeling import LongNetModel
-from longnet.model.patterns import pattern_of, sparse_pattern_of
+from longnet.model.patterns import kind_of, pattern_of, sparse_pattern_of
 
 _LAYOUTS = 256  # drawn once for each number of pairs; a batch draws among them, and keys and values anew
 _EVALUATION = 1  # stream of random numbers that training, stream 0, does not use
@@ -267,7 +267,7 @@ def joins(config: LongNetConfig, query: _Ints, key: _Ints) -> np.ndarray[Any, np
         query: positions.
         key: positions, as many.
     """
-    kind = config._attn_implementation
+    kind = kind_of(config)
     if kind == "sparse_fixed":
         fixed = sparse_pattern_of(config)
         joined = (query // fixed.block == key // fixed.block) | (key % fixed.step >= fixed.step - fixed.summary)

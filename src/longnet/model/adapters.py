@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longnet.model.interface import exchange
-from longnet.model.patterns import PATTERN_FIELDS, fields_of
+from longnet.model.patterns import PATTERN_FIELDS, fields_of, kind_of
 
 # Of auto_mapping.
 _KEY = "longnet"
@@ -29,7 +29,7 @@ def record(model: nn.Module) -> None:
     inner = _model_in(model)
     if inner is None:
         return
-    name = inner.config._attn_implementation
+    name = kind_of(inner.config)
     note = None
     if name in PATTERN_FIELDS:
         note = {"attn_implementation": name, **(fields_of(inner.config, name) or {})}
@@ -65,7 +65,7 @@ def follow(model: nn.Module, adapter: str, folder: Any = None) -> None:
     if name not in PATTERN_FIELDS or not set(wanted) <= set(PATTERN_FIELDS[name]):
         raise ValueError(f"the adapter {adapter!r} asks for an attention that this version does not know: {note}")
     wanted = {**PATTERN_FIELDS[name], **wanted}
-    held, other = fields_of(inner.config, name), inner.config._attn_implementation
+    held, other = fields_of(inner.config, name), kind_of(inner.config)
     if other in PATTERN_FIELDS and other != name:
         raise ValueError(
             f"the adapter {adapter!r} was trained with {name} attention, and the model's is {other}: load the adapter "

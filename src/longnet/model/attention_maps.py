@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longnet.attention.dilated import attend_within
 from longnet.attention.pattern import DilationPattern
 from longnet.model.blocks import LongNetAttention
-from longnet.model.patterns import pattern_of
+from longnet.model.patterns import backend_of, kind_of, pattern_of
 from longnet.model.tails import Tail
 
 
@@ -151,6 +151,7 @@ def _pass_back(attention: LongNetAttention, seen: "_Seen", r: Tensor) -> Tensor:
             out = attend_within(
                 q, k, values, pattern_of(attention.config, attention.layer_idx),
                 bounds=getattr(mask, "bounds", None), is_causal=attention.is_causal, scale=attention.scaling,
+                backend=backend_of(attention.config),
             )[0]  # fmt: skip
         else:
             out = tail.attend(q, k, values, scale=attention.scaling)
@@ -168,7 +169,7 @@ def _layer(modules: Sequence[LongNetAttention], layer: int) -> LongNetAttention:
 
 def _attentions(model: nn.Module) -> list[LongNetAttention]:
     modules = [module for module in model.modules() if isinstance(module, LongNetAttention)]
-    if not modules or modules[0].config._attn_implementation != "dilated":
+    if not modules or kind_of(modules[0].config) != "dilated":
         raise ValueError(
             f"a LongNet with dilated attention is expected, got {type(model).__name__}"
             + (f' with "{modules[0].config._attn_implementation}"' if modules else "")

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longnet.model import interface  # noqa: F401  # registers "dilated" with transformers
 from longnet.model.configuration import LongNetConfig
+from longnet.model.patterns import kind_of
 from longnet.model.sequence_parallel import is_read_up_to
 from longnet.model.tails import Tail, tail_of
 from longnet.positions import RotaryPositions, Rotation, rotate, turn_steps
@@ -244,7 +245,7 @@ def see_both_ways(config: LongNetConfig, hidden_states: Tensor, attention_mask: 
     mask = create_bidirectional_mask(config, hidden_states, attention_mask)
     if config.tail == "exact":
         return {"attention_mask": mask}
-    if config._attn_implementation != "dilated" or kwargs.get("cu_seq_lens_q") is not None:
+    if kind_of(config) != "dilated" or kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
             'tail="torchscale" is of dilated attention over one sequence a row, got attn_implementation='
             f'"{config._attn_implementation}"{" and packed documents" if "cu_seq_lens_q" in kwargs else ""}: '

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import attention_flops
-from longnet.model.patterns import pattern_of
+from longnet.model.patterns import kind_of, pattern_of
 
 
 class Parameters(NamedTuple):
@@ -174,7 +174,7 @@ def _memory(
     dp: int,
     sp: int,
 ) -> Memory:
-    if sp > 1 and config._attn_implementation != "dilated":
+    if sp > 1 and kind_of(config) != "dilated":
         raise ValueError(
             f'across ranks only "dilated" attention can be computed, not "{config._attn_implementation}": set sp to 1'
         )

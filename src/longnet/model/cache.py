@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from longnet.attention.backends.dispatch import Backend
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.streaming import StreamState
 from longnet.model.patterns import heads_of, pattern_of
@@ -138,6 +139,7 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
         scale: float | None,
         bounds: Tensor | None,
         sinks: Tensor | None,
+        backend: Backend = "auto",
     ) -> Tensor:
         """Attend with queries (B, H, T, D) to what `update` was given and to the past; return (B, H, T, D).
 
@@ -147,6 +149,7 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
             scale: factor on q·k.
             bounds: (n, 3), the real tokens among the T.
             sinks: (H,) or (B, H, T).
+            backend: as in `dilated_attention`, but for the oracle; a state serves any, also in turns.
 
         Raises:
             ValueError: tensors that do not fit the state, or padding between the tokens of a row.
@@ -163,6 +166,7 @@ class DilatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __i
                 f"this DilatedCache holds rows of heads {self.pattern.head_shard}, the model asks for those of heads "
                 f"{pattern.head_shard} (first, of how many): make a new one, without batch_size"
             )
+        state.backend = backend
         out = state.attend(query, key, value, scale=scale, bounds=bounds, sinks=sinks)
         self.columns += query.shape[2]
         return out

@@ -60,7 +60,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     """Configuration of a LongNet (arXiv:2307.02486 §4.1); the defaults are the paper's 125M model.
 
     A key that is no field is an error that names the nearest field, as is a value of the wrong type or range.
-    `attn_implementation` is `"dilated"` unless given, and no part of the file; `"sdpa"` and `"eager"` make the same
+    `attn_implementation` is `"dilated"` unless given, and no part of the file; `"dilated_triton"` computes the same by
+    another backend (`longnet.model.patterns.BACKENDS`), `"sdpa"` and `"eager"` make the same
     model the paper's dense Transformer, `"sparse_fixed"` its Sparse Transformer.
 
     Args:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from longnet.attention.pattern import DilationPattern
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import pattern_of, sparse_pattern_of
+from longnet.model.patterns import kind_of, pattern_of, sparse_pattern_of
 
 
 def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
@@ -20,7 +20,7 @@ def attention_flops(config: LongNetConfig, *, tokens: int) -> int:
     (`DilationPattern.flops`, `SparseFixedPattern.flops`).
     """
     heads, head_dim = config.num_attention_heads, cast("int", config.head_dim)  # the configuration has filled it in
-    kind = config._attn_implementation
+    kind = kind_of(config)
     if kind == "dilated":
         sizes: dict[str, Any] = {
             "tokens": tokens,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from longnet.model.patterns import PATTERN_FIELDS, kind_of
 from longnet.model.sequence_parallel import current_chunk, current_group
 from longnet.model.versions import one_of, refuse_tracing
 
 # Whose forward is read, by the name of its attention.
-_IMPLEMENTATIONS = ("dilated", "sparse_fixed")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,11 +93,12 @@ def _reading(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def reading(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation not in _IMPLEMENTATIONS:
+        kind = kind_of(self.config)
+        if kind not in PATTERN_FIELDS:
             return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         cache = one_of(given.get("cache"), given.get("past_key_values"))
-        refuse_tracing(self.config._attn_implementation, has_cache=cache is not None)
+        refuse_tracing(kind, has_cache=cache is not None)
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not isinstance(x, Tensor) or x.ndim < 2 or len(args) > len(names):
             return forward(self, *args, **kwargs)

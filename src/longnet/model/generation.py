@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from longnet.model.cache import DilatedCache, refusal
 from longnet.model.documents import refuse_documents
+from longnet.model.patterns import PATTERN_FIELDS, kind_of
 from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
 
 _prepare: Callable[..., Any] = GenerationMixin._prepare_cache_for_generation
@@ -22,8 +23,8 @@ def _prepare_cache(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, length: int
 ) -> Any:
     config = self.config.get_text_config(decoder=True)
-    is_dilated = config._attn_implementation == "dilated"
-    if config._attn_implementation in ("dilated", "sparse_fixed") and generation_config.use_cache is not False:
+    is_dilated = kind_of(config) == "dilated"
+    if kind_of(config) in PATTERN_FIELDS and generation_config.use_cache is not False:
         mask, positions = (
             x if isinstance(x, Tensor) and x.ndim == 2 else None
             for x in (model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))

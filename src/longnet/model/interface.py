@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from longnet.attention.backends.dispatch import Backend
 from longnet.attention.dilated import attend_within, document_bounds
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.registration import cast_under_autocast
@@ -25,7 +26,10 @@ from longnet.model.cache import StreamedKeys
 from longnet.model.demands import Call, bounds_read, refusal
 from longnet.model.documents import read_by
 from longnet.model.patterns import (
+    BACKENDS,
     PATTERN_FIELDS,
+    backend_of,
+    dilated_by,
     fields_of,
     is_of,
     layer_of,
@@ -49,7 +53,7 @@ def dilated_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend along the pattern of `module.config`: the attention implementation "dilated".
+    """Attend along the pattern of `module.config`: the attention implementations of `longnet.model.patterns.BACKENDS`.
 
     Args:
         module: the attention layer; its config holds the pattern (`longnet.model.patterns.pattern_of`).
@@ -85,11 +89,12 @@ def dilated_attention_forward(
 
     pattern = pattern_of_rank(pattern, module, num_heads=query.shape[1], num_kv_heads=key.shape[1])
     call = Call("dilated", module, query, key, value, attention_mask, dropout, kwargs)
+    backend = backend_of(config)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, bounds: Tensor | None, is_causal: bool) -> Tensor:
         sinks = call.sinks
         if isinstance(key, StreamedKeys):
-            return key.layer.attend(q, pattern, scale=scaling, bounds=bounds, sinks=sinks)
+            return key.layer.attend(q, pattern, scale=scaling, bounds=bounds, sinks=sinks, backend=backend)
         if isinstance(attention_mask, Visible) and attention_mask.slices is not None:
             slices = attention_mask.slices
             slices = slices if bounds is None else replace(slices, bounds=bounds)
@@ -100,8 +105,10 @@ def dilated_attention_forward(
                     raise ValueError(f"chunks serve causal layers that know their number, not {type(module).__name__}")
                 return chunk.attend(layer, q, k, v, pattern, scale=scale, sinks=sinks)
             q, k, v = cast_under_autocast(q, k, v)
-            return attend_slice(q, k, v, pattern, slices, is_causal=is_causal, scale=scale, sinks=sinks)[0]
-        return attend_within(q, k, v, pattern, bounds=bounds, is_causal=is_causal, scale=scaling, sinks=sinks)[0]
+            options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "sinks": sinks, "backend": backend}
+            return attend_slice(q, k, v, pattern, slices, **options)[0]
+        options = {"is_causal": is_causal, "scale": scaling, "sinks": sinks, "backend": backend}
+        return attend_within(q, k, v, pattern, bounds=bounds, **options)[0]
 
     return _attend(call, attend)
 
@@ -158,21 +165,25 @@ def _attend(call: Call, attend: Callable[..., Tensor]) -> tuple[Tensor, None]:
     return out.transpose(1, 2), None
 
 
-def use_dilated_attention(model: nn.Module, pattern: DilationPattern, *, rotate_offsets: bool = False) -> None:
+def use_dilated_attention(
+    model: nn.Module, pattern: DilationPattern, *, rotate_offsets: bool = False, backend: Backend = "auto"
+) -> None:
     """Turn a loaded Hugging Face model into its dilated self, in place; no weight changes.
 
-    The pattern goes into the config, so that `save_pretrained` keeps it; which attention to use is not saved, so load
-    with `attn_implementation="dilated"`.
+    The pattern goes into the config, so that `save_pretrained` keeps it; which attention to use, and its backend, is
+    not saved, so load with `attn_implementation="dilated"`.
 
     Args:
         model: a `PreTrainedModel`, or a module around one (PEFT).
         pattern: the branches.
         rotate_offsets: shift the heads' offsets with depth, by the number of key/value heads a layer, so that rates
             above that number leave out no position.
+        backend: `"auto"`, or `"triton"`, as in `dilated_attention`: the attention implementation `"dilated_triton"`.
 
     Raises:
         TypeError: `pattern` is no DilationPattern, or `model` holds no Hugging Face model, or one without attention.
-        ValueError: a model whose attention cannot be chosen, or a pattern for some of a layer's heads, or shifted.
+        ValueError: a model whose attention cannot be chosen, a backend that models do not have, or a pattern for some
+            of a layer's heads, or shifted.
     """
     if not isinstance(pattern, DilationPattern):
         raise TypeError(
@@ -183,7 +194,7 @@ def use_dilated_attention(model: nn.Module, pattern: DilationPattern, *, rotate_
             f"a model shifts offsets by layer and knows its own heads, got {pattern!r}: rotate_offsets=True shifts them"
         )
     exchange(
-        model, "dilated",
+        model, dilated_by(backend),
         segment_lengths=list(pattern.segment_lengths),
         dilation_rates=list(pattern.dilation_rates),
         head_offsets=pattern.head_offsets,
@@ -258,7 +269,7 @@ _check_and_adjust: Callable[..., Any] = PreTrainedModel._check_and_adjust_attn_i
 
 @functools.wraps(_check_and_adjust)
 def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-    if attn_implementation in PATTERN_FIELDS:
+    if attn_implementation in PATTERN_FIELDS or attn_implementation in BACKENDS:
         for module in (self, *self.modules()):
             if isinstance(module, PreTrainedModel):
                 read_by(type(module))
@@ -275,7 +286,8 @@ def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, 
 
 # Whoever builds, loads or changes a model passes here.
 PreTrainedModel._check_and_adjust_attn_implementation = _choose  # type: ignore[method-assign]
-AttentionInterface.register("dilated", dilated_attention_forward)
-AttentionMaskInterface.register("dilated", as_mask_function(visible_tokens))
+for _name in BACKENDS:
+    AttentionInterface.register(_name, dilated_attention_forward)
+    AttentionMaskInterface.register(_name, as_mask_function(visible_tokens))
 AttentionInterface.register("sparse_fixed", sparse_fixed_attention_forward)
 AttentionMaskInterface.register("sparse_fixed", as_mask_function(visible_tokens))

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longnet.model.blocks import LongNetBlock, LongNetPreTrainedModel, see_both_ways
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import warn_of_unseen
+from longnet.model.patterns import kind_of, warn_of_unseen
 from longnet.model.sequence_parallel import current_chunk, current_group, positions_of_slice, slices_here
 from longnet.model.versions import CACHE, capture_outputs, columns_of, one_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
@@ -43,7 +43,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 xpos_scale_base=config.xpos_scale_base if config.position_embedding == "xpos" else None,
                 max_position_embeddings=config.max_position_embeddings,
             )
-        if config._attn_implementation == "dilated":
+        if kind_of(config) == "dilated":
             warn_of_unseen(config.pattern, config)
         self.layers = nn.ModuleList(LongNetBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm: nn.Module = nn.Identity()  # behind a post-LayerNorm block all is normalised
@@ -104,7 +104,7 @@ class LongNetModel(LongNetPreTrainedModel):
             if cache is not None:
                 raise ValueError("a sequence across ranks or chunks cannot be cached: leave out the cache")
             use_cache = False
-            if self.config._attn_implementation != "dilated":
+            if kind_of(self.config) != "dilated":
                 raise ValueError(
                     f'across ranks or chunks only "dilated" attention can be computed, not '
                     f'"{self.config._attn_implementation}"'
@@ -199,7 +199,7 @@ class LongNetModel(LongNetPreTrainedModel):
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        is_dilated = self.config._attn_implementation == "dilated"
+        is_dilated = kind_of(self.config) == "dilated"
         period = math.lcm(*self.config.segment_lengths) if is_dilated else None
         if rotary.xpos_scale_base is not None and not torch.compiler.is_compiling() and position_ids.numel():
             rotary.refuse_beyond(int(position_ids.max() if highest is None else highest), dtype=dtype, period=period)

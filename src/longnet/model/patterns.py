@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from longnet.attention.backends.dispatch import Backend
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 
@@ -30,6 +31,38 @@ def pattern_of(config: PreTrainedConfig, layer: int = 0) -> DilationPattern:
             "dilation_rates in the config"
         )
     return DilationPattern(tuple(lengths), tuple(rates), **_options(config, layer))
+
+
+# Under which names transformers knows dilated attention, and the backend of each: a choice of whoever loads a model, on
+# the machine at hand, which like every attention implementation is no part of a saved configuration.
+BACKENDS: dict[str, Backend] = {"dilated": "auto", "dilated_triton": "triton"}
+
+
+def kind_of(config: PreTrainedConfig) -> str:
+    """Return the attention implementation of a config: `"dilated"` whatever its backend, else the name it has."""
+    name: str = config._attn_implementation
+    return "dilated" if name in BACKENDS else name
+
+
+def backend_of(config: PreTrainedConfig) -> Backend:
+    """Return the backend that the attention implementation of a config asks for."""
+    return BACKENDS.get(config._attn_implementation, "auto")
+
+
+def dilated_by(backend: str) -> str:
+    """Return the name of the attention implementation that computes dilated attention by a backend.
+
+    Raises:
+        ValueError: a backend that is none, or that serves no models.
+    """
+    names = {of_name: name for name, of_name in BACKENDS.items()}
+    if backend not in names:
+        known = " or ".join(f'"{name}"' for name in names)
+        reason = (
+            "serves no models, whose caches and chunks it does not know" if backend in get_args(Backend) else "is none"
+        )
+        raise ValueError(f"backend must be {known} for a model, got {backend!r}, which {reason}")
+    return names[backend]
 
 
 # What a config holds of a pattern, by the implementation that reads it, and what each field is where it is missing.

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
+from longnet.attention.backends.dispatch import Backend
 from longnet.attention.dilated import attend_within
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.pattern import pattern_of as pattern_without_warnings
-from longnet.model.patterns import heads_of, pattern_of
+from longnet.model.patterns import backend_of, heads_of, pattern_of
 
 TailKind = Literal["exact", "torchscale"]
 
@@ -39,6 +40,7 @@ class Tail:
         sinks: (B, H, T) float32 or float64, ln Z of the zero keys in the aligned branches, −inf where there are none.
         bounds: (n, 3) int64 on the CPU, (batch row, start, stop) of the real tokens of each row, or None.
         rows: the same as numbers, for every row.
+        backend: as in `attend_within`.
     """
 
     aligned: DilationPattern | None
@@ -47,6 +49,7 @@ class Tail:
     sinks: Tensor
     bounds: Tensor | None
     rows: tuple[tuple[int, int, int], ...]
+    backend: Backend
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attend as torchscale does, with exact gradients.
@@ -62,19 +65,20 @@ class Tail:
         """
         if not self.shifted and self.aligned is not None:
             return attend_within(
-                q, k, v, self.aligned, bounds=self.bounds, is_causal=False, scale=scale, sinks=self.sinks
-            )[0]
+                q, k, v, self.aligned, bounds=self.bounds, is_causal=False, scale=scale, sinks=self.sinks,
+                backend=self.backend,
+            )[0]  # fmt: skip
         parts: list[tuple[Tensor, Tensor, Tensor]] = []  # out, log of its denominator, log of the mass
         if self.aligned is not None:
             values = functional.pad(v, (0, 1), value=1.0)
-            out, log, mass = _attend_weighed(q, k, values, self.aligned, self.bounds, scale, self.sinks)
+            out, log, mass = _attend_weighed(q, k, values, self.aligned, self.bounds, scale, self.sinks, self.backend)
             parts.append((out, log, mass))
         for length, rate in self.shifted:
             layout = _Layout.of(self.rows, length, rate, q.device, q.shape[2])
             pattern = _with_branches(self.pattern, (layout.length,), (rate,))
             values = functional.pad(layout.spread(v), (0, 1), value=1.0)
             spread = layout.spread(q), layout.spread(k), values
-            out, log, mass = _attend_weighed(*spread, pattern, layout.bounds, scale, None)
+            out, log, mass = _attend_weighed(*spread, pattern, layout.bounds, scale, None, self.backend)
             empty = -math.inf
             parts.append((layout.gather(out, 0.0), layout.gather(log, empty), layout.gather(mass, empty)))
         total = torch.stack([mass for _, _, mass in parts]).logsumexp(0)
@@ -126,7 +130,7 @@ def tail_of(config: PreTrainedConfig, hidden_states: Tensor, bounds: Tensor | No
             for row, start, stop in rows:
                 if stop - start == length:
                     sinks[row, :, start:stop] = logits
-    return Tail(aligned, shifted, pattern, sinks.to(hidden_states.device), bounds, rows)
+    return Tail(aligned, shifted, pattern, sinks.to(hidden_states.device), bounds, rows, backend_of(config))
 
 
 def _with_branches(pattern: DilationPattern, lengths: tuple[int, ...], rates: tuple[int, ...]) -> DilationPattern:
@@ -153,14 +157,21 @@ def _zero_keys(pattern: DilationPattern, tokens: int, num_kv_heads: int) -> Tens
 
 
 def _attend_weighed(
-    q: Tensor, k: Tensor, v: Tensor, pattern: DilationPattern, bounds: Tensor | None, scale: float, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: DilationPattern,
+    bounds: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The op's lse has no gradient. With a column of ones among the values and a sink of known logit a, that column
     # comes out as c = e^L / (e^L + e^a), so that L = a + log c − log(1 − c) has: (out, log of its denominator, log of
     # the branches' mass, zero keys included). a lies near L, where nothing cancels.
     pad = -(q.shape[3] + 1) % _EXTRA
     q, k, v = (functional.pad(x, (0, pad + (x is not v))) for x in (q, k, v))
-    options: Any = {"bounds": bounds, "is_causal": False, "scale": scale}
+    options: Any = {"bounds": bounds, "is_causal": False, "scale": scale, "backend": backend}
     with torch.no_grad():
         mass = attend_within(q, k, v, pattern, **options, sinks=sinks)[1]
     is_kept = mass > -math.inf

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from longnet.attention.chunks import Tape
 from longnet.attention.pattern import DilationPattern
 from longnet.model.cache import refusal
-from longnet.model.patterns import heads_of, pattern_of
+from longnet.model.patterns import backend_of, heads_of, pattern_of
 
 
 class Costs(NamedTuple):
@@ -62,7 +62,7 @@ def tape_of(config: PreTrainedConfig, bounds: Tensor, tokens: int, chunk_tokens:
     if reason is not None:
         raise ValueError(f"{type(config).__name__} cannot learn in chunks: {reason}")
     patterns: list[DilationPattern] = [pattern_of(config, layer) for layer in range(config.num_hidden_layers)]
-    return Tape(patterns, tokens=tokens, chunk_tokens=chunk_tokens, bounds=bounds)
+    return Tape(patterns, tokens=tokens, chunk_tokens=chunk_tokens, bounds=bounds, backend=backend_of(config))
 
 
 def spans_of(tape: Tape) -> list[tuple[int, int]]:

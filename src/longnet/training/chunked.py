@@ -36,7 +36,7 @@ from longnet.attention.chunks import Chunk, Tape
 from longnet.attention.dilated import document_bounds, padding_bounds
 from longnet.model import LongNetForCausalLM
 from longnet.model.loss import IGNORED
-from longnet.model.patterns import heads_of
+from longnet.model.patterns import heads_of, kind_of
 from longnet.model.sequence_parallel import positions_of_slice, within_chunk
 from longnet.training.chunk_schedule import chunk_costs, order_of, rows_of, spans_of, tape_of, whole_rows
 from longnet.training.row_log import RowLog
@@ -435,7 +435,7 @@ class ChunkedStep:
 
 def _model_within(model: nn.Module) -> PreTrainedModel:
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None or inner.config._attn_implementation != "dilated":
+    if inner is None or kind_of(inner.config) != "dilated":
         raise ValueError(
             'to learn in chunks takes a causal language model of transformers whose attention is "dilated", see '
             f"longnet.use_dilated_attention; got {type(model if inner is None else inner).__name__}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longnet.evaluation.perplexity import EvaluateConfig
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import sparse_pattern_of
+from longnet.model.patterns import dilated_by, sparse_pattern_of
 from longnet.training.checkpoint import CheckpointConfig
 from longnet.training.optim import OptimConfig
 
@@ -25,7 +25,7 @@ Tables = dict[str, dict[str, Any]]
 
 # What may differ between a run and its resumption: where things lie, who computes them and what is told, nothing that
 # is learned.
-_FREE = {"data.path", "train.device", "train.log_every", "train.tensorboard", "train.max_skipped"}
+_FREE = {"data.path", "train.device", "train.backend", "train.log_every", "train.tensorboard", "train.max_skipped"}
 _FREE_TABLES = {"parallel", "evaluate", "sample", "checkpoint"}
 
 
@@ -72,6 +72,10 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
+
+    backend: Literal["auto", "triton"] = "auto"
+    """Of dilated attention: auto takes what is known to be fast; triton is one fused kernel, on CUDA, which has never
+    run on a GPU (docs/gpu.md)."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
@@ -210,7 +214,12 @@ class Recipe:
                 f"model.vocab_size = {given} is too small for {self.data.path}, whose vocabulary has "
                 f"{data.vocab_size} tokens: leave vocab_size out, or give at least {data.vocab_size}"
             )
-        return config_of(self.model, vocab_size=data.vocab_size, eos_token_id=data.end_of_text)
+        return config_of(
+            self.model,
+            attn_implementation=self.implementation,
+            vocab_size=data.vocab_size,
+            eos_token_id=data.end_of_text,
+        )
 
     def resolve(self, data: "TokenData") -> Tables:
         """Return the tables of the recipe with every value filled in, the model's and the evaluation's too.
@@ -218,7 +227,7 @@ class Recipe:
         Raises:
             ValueError: tables that do not go together.
         """
-        self._check_parallel()
+        self._check_ways()
         config = self.model_config(data)
         names = [item.name for item in dataclasses.fields(Recipe)]  # what a subclass adds is not training's
         tables: Tables = {name: plain(dataclasses.asdict(getattr(self, name))) for name in names}
@@ -227,7 +236,7 @@ class Recipe:
         tables["evaluate"]["contexts"] = list(self.contexts)
         return tables
 
-    def _check_parallel(self) -> None:
+    def _check_ways(self) -> None:
         train, dp, sp = self.train, self.parallel.dp, self.parallel.sp
         if train.batch_sequences % (dp * train.accumulate):
             raise ValueError(
@@ -243,8 +252,18 @@ class Recipe:
             raise ValueError(
                 f"parallel.sp = {sp} needs model.attention = 'dilated', got {self.model.attention!r}: use parallel.dp"
             )
+        if train.backend != "auto" and self.model.attention != "dilated":
+            raise ValueError(
+                f"train.backend = {train.backend!r} is one of model.attention = 'dilated', got "
+                f"{self.model.attention!r}: leave it out"
+            )
         if sp > train.tokens:
             raise ValueError(f"parallel.sp = {sp} ranks cannot share {train.tokens} tokens of a sequence")
+
+    @property
+    def implementation(self) -> str:
+        """The attention as transformers has it: by its backend, where it is dilated."""
+        return dilated_by(self.train.backend) if self.model.attention == "dilated" else self.model.attention
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -260,7 +279,7 @@ def config_of(model: ModelConfig, **defaults: Any) -> LongNetConfig:
     """
     given = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
     preset, attention = given.pop("preset", None), given.pop("attention")
-    given = {**defaults, **given, "attn_implementation": attention}
+    given = {"attn_implementation": attention, **defaults, **given}
     try:
         config = LongNetConfig(**given) if preset is None else LongNetConfig.preset(preset, **given)
         if attention == "sparse_fixed":

@@ -20,13 +20,16 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from longnet.attention.backends import dispatch
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
 from longnet.measurement import find_device, peak_bytes
 from longnet.model import LongNetForCausalLM
+from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import training_flops
+from longnet.model.patterns import heads_of
 from longnet.model.versions import checkpoint_layers
 from longnet.training.beginning import starting_point, write_recipe
 from longnet.training.checkpoint import Saving, lock_run, save_checkpoint
@@ -81,6 +84,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     with open_ranks(recipe.parallel, find_device(recipe.train.device)) as ranks, contextlib.ExitStack() as stack:
         data = TokenData.open(recipe.data.path)
         tables = recipe.resolve(data)
+        _refuse_backend(recipe, recipe.model_config(data), ranks.device)
         windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
         if data.validation.tokens and not data.validation.bytes:
             raise ValueError(
@@ -112,6 +116,11 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
                 checkpoint,
             )  # fmt: skip
             return run.run()
+
+
+def _refuse_backend(recipe: Recipe, config: LongNetConfig, device: torch.device) -> None:
+    dtype = torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
+    dispatch.is_fused(recipe.train.backend, device, dtype, heads_of(config)[1])  # raises where it cannot run
 
 
 @dataclass

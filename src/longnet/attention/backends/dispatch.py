@@ -101,7 +101,9 @@ def is_fused(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
         return False
     reason = launch.refusal(device, dtype, head_dim)
     if reason is not None:
-        raise ValueError(f'backend="triton" cannot run on {dtype} tensors on {device}: it {reason}. Take "auto"')
+        raise ValueError(
+            f'backend="triton" cannot run on {dtype} tensors on {device}: it {reason}. Take "auto" (models: "dilated")'
+        )
     return True
 
 
