@@ -95,7 +95,7 @@ demo: $(PACKAGE)
 	$(BIN)/longnet prepare "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
 	  --suffixes .py --exclude test tests idle_test encodings pydoc_data lib2to3 \
 	  --train-bpe 4096 --split-by folder --validation 0.08 --output $(DEMO)/data
-	$(BIN)/longnet train demo --output $(DEMO)/run --resume
+	$(BIN)/longnet train demo --data.path $(DEMO)/data --output $(DEMO)/run --resume
 	$(BIN)/longnet evaluate $(DEMO)/run $(DEMO)/data --contexts 64,256,1024 --tokens 131072 \
 	  --output $(DEMO)/evaluation --report $(DEMO)/report.html
 	$(BIN)/longnet generate $(DEMO)/run --prompt 'def ' --tokens 120

@@ -96,7 +96,7 @@ def learn(layers, tape):
                 attend(chunk, layer)
         log.append(chunk.replaced())
         heads = layers[0][1].shape[1]
-        assert len(log[-1]) == tape.rows_given(index, heads)
+        assert len(log[-1]) == tape.rows_given(heads)[index]
     results = [[] for _ in layers]
     for index in reversed(range(tape.chunks)):
         chunk = Chunk(tape, index, is_learning=True)

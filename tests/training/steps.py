@@ -60,7 +60,10 @@ def whole(model, ids, targets, **inputs):
 def assert_same(model, found, expected, *, limit=1e-10):
     loss, wanted = expected
     assert found == pytest.approx(loss, rel=limit)
-    got = gradients(model)
+    assert_same_gradients(gradients(model), wanted, limit=limit)
+
+
+def assert_same_gradients(got, wanted, *, limit=1e-10):
     assert got.keys() == wanted.keys()
     scale = max(gradient.norm() for gradient in wanted.values())
     for name, gradient in wanted.items():

@@ -21,7 +21,17 @@ from longnet.training.chunked import ChunkedStep, chunked_gradients
 from longnet.training.loop import train
 from longnet.training.parallel import compile_layers
 from training.runs import lines
-from training.steps import PATTERN, assert_same, gradients, llama, longnet_model, reader_of, tokens_of, whole
+from training.steps import (
+    PATTERN,
+    assert_same,
+    assert_same_gradients,
+    gradients,
+    llama,
+    longnet_model,
+    reader_of,
+    tokens_of,
+    whole,
+)
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -198,6 +208,64 @@ def test_errors_are_those_of_the_whole_in_the_same_dtype(dtype, pattern, tokens,
         for found in (gradients(model), plain)
     )
     assert error <= 3 * limit
+
+
+class Masks(torch.nn.Module):
+    """Dropout that keeps its masks, and then drops from a whole batch what it dropped from parts and chunks."""
+
+    def __init__(self, p, uses):
+        super().__init__()
+        self.p, self.uses, self.use = p, uses, 0
+        self.drawn, self.at, self.is_whole = {}, None, False
+
+    def forward(self, x):
+        use, self.use = self.use, (self.use + 1) % self.uses
+        if self.is_whole:
+            parts = sorted({part for _, part, _ in self.drawn})
+            chunks = sorted({chunk for _, _, chunk in self.drawn})
+            return x * torch.cat([torch.cat([self.drawn[use, part, chunk] for chunk in chunks], 1) for part in parts])
+        mask = (torch.rand_like(x) >= self.p) / (1 - self.p)
+        assert torch.equal(self.drawn.setdefault((use, *self.at), mask), mask)  # reading, learning, recomputing
+        return x * mask
+
+
+@settings(max_examples=15)
+@given(patterns(), st.integers(1, 70), st.integers(1, 40), st.integers(1, 2), st.integers(1, 3), st.booleans())
+@pytest.mark.filterwarnings("ignore:.*no branch of dilation rate 1")
+@pytest.mark.filterwarnings("ignore:.*no head keeps")
+def test_dropout_is_that_of_one_pass_with_the_same_masks(pattern, tokens, chunk_tokens, parts, layers, is_checkpointed):
+    model = longnet_model(dataclasses.replace(pattern, offset_shift=0), layers=layers, hidden_dropout=0.3)
+    masks = []
+    for module in [*model.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Dropout):
+                masks.append(Masks(child.p, uses=1 if module is model.model else 2))  # attention's, feed-forward's
+                setattr(module, name, masks[-1])
+    if is_checkpointed:
+        checkpoint_layers(model)
+    ids, targets = tokens_of(parts, tokens)
+    items = int((targets != -100).sum())
+    with ChunkedStep(
+        model, reader_of(ids, targets), sequences=parts, tokens=tokens, chunk_tokens=chunk_tokens, items=items,
+        parts=parts, seed=(1, 2),
+    ) as learning:  # fmt: skip
+        schedule = iter(learning.schedule)
+
+        def place(module, arguments):
+            part, _, chunk, _ = next(schedule)
+            for mask in masks:
+                mask.at = part, chunk
+
+        hook = model.register_forward_pre_hook(place)
+        for _ in learning:
+            pass
+        hook.remove()
+    found = gradients(model)
+    for mask in masks:
+        mask.is_whole = True
+    expected = whole(model, ids, targets)
+    assert_same_gradients(found, expected[1])
+    assert learning.loss == pytest.approx(expected[0], rel=1e-10)
 
 
 @pytest.mark.parametrize("drops", [{"hidden_dropout": 0.2}, {"drop_path": 0.6}])

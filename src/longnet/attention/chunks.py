@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,32 +75,39 @@ class Tape:
         """Number of chunks."""
         return -(-self.tokens // self.chunk_tokens)
 
-    def is_open_after(self, index: int) -> bool:
-        """Say whether some segment reaches over a chunk's end: otherwise later chunks need nothing of it."""
-        stop = min(self.tokens, (index + 1) * self.chunk_tokens)
-        return any(
-            (stop - first) % length
-            for _, first, last in self.bounds.tolist()
-            if first < stop < last
-            for length in self.patterns[0].segment_lengths
-        )
+    def open_after(self) -> Tensor:
+        """Say of each chunk, (chunks,), whether a segment reaches over its end: else later ones need nothing of it."""
+        opened = torch.zeros(self.chunks, dtype=torch.bool)
+        for first, cut, stops in self._cuts():
+            for length in self.patterns[0].segment_lengths:
+                opened[cut] |= (stops - first) % length != 0
+        return opened
 
-    def rows_given(self, index: int, num_kv_heads: int) -> int:
-        """Count the rows that a chunk gives to later ones, of all batch rows, heads and layers: what it overwrites."""
-        stop = min(self.tokens, (index + 1) * self.chunk_tokens)
-        rows = [row for row in self.bounds.tolist() if row[1] < stop < row[2]]
-        count = 0
-        for pattern, layers in collections.Counter(self.patterns).items():
+    def rows_given(self, num_kv_heads: int) -> Tensor:
+        """Count the rows that each chunk (chunks,) gives to later ones, of all batch rows, heads and layers.
+
+        As many rows of earlier chunks are overwritten, so that a log of them has this length.
+        """
+        patterns = collections.Counter(self.patterns).items()
+        kept: collections.Counter[tuple[int, int, int]] = collections.Counter()
+        for (pattern, layers), head in itertools.product(patterns, range(num_kv_heads)):
             for length, rate in pattern.branches:
-                offsets = collections.Counter(pattern.offset(rate, head, num_kv_heads) for head in range(num_kv_heads))
-                for _, start, _ in rows:
-                    inside = (stop - start) % length
-                    low = max(0, inside - (stop - max(start, index * self.chunk_tokens)))
-                    count += layers * sum(
-                        heads * (kept_rows(inside, rate, offset) - kept_rows(low, rate, offset))
-                        for offset, heads in offsets.items()
-                    )
-        return count
+                kept[length, rate, pattern.offset(rate, head, num_kv_heads)] += layers
+        given = torch.zeros(self.chunks, dtype=torch.int64)
+        for first, cut, stops in self._cuts():
+            starts = (stops - self.chunk_tokens).clamp(min=first)
+            for (length, rate, offset), heads in kept.items():
+                inside = (stops - first) % length
+                low = (inside - (stops - starts)).clamp(min=0)
+                given[cut] += heads * ((offset - low) // rate - (offset - inside) // rate)  # kept_rows, of each
+        return given
+
+    def _cuts(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield the start of each run that a chunk's end cuts, the chunks that end within it, and where they do."""
+        for _, first, last in self.bounds.tolist():
+            cut = slice(first // self.chunk_tokens, -(-last // self.chunk_tokens) - 1)
+            if cut.start < cut.stop:
+                yield first, cut, torch.arange(cut.start + 1, cut.stop + 1) * self.chunk_tokens
 
     def allocate(self, k: Tensor) -> Tensor:
         """Return the states, made for keys like k (B, G, T, D)."""

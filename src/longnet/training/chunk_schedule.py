@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def chunk_costs(
     tape = tape_of(config, whole_rows(sequences, tokens), tokens, chunk_tokens)
     row = 2 * head_dim * itemsize
     rows = len(tape.patterns) * tape.places[-1] * sequences * heads
-    log = max((sum(tape.rows_given(index, heads) for index in range(*span)) for span in spans_of(tape)), default=0)
+    given = tape.rows_given(heads)
+    log = max((int(given[first:stop].sum()) for first, stop in spans_of(tape)), default=0)
     return Costs(state=rows * row, owed=2 * rows * 2 * head_dim * max(4, itemsize), log=log * row)
 
 
@@ -67,12 +69,8 @@ def tape_of(config: PreTrainedConfig, bounds: Tensor, tokens: int, chunk_tokens:
 
 def spans_of(tape: Tape) -> list[tuple[int, int]]:
     """Return runs of chunks that give nothing to one another: first chunk, one past the last."""
-    spans, first = [], 0
-    for index in range(tape.chunks):
-        if not tape.is_open_after(index):
-            spans.append((first, index + 1))
-            first = index + 1
-    return spans
+    closed = (~tape.open_after()).nonzero().flatten() + 1
+    return list(itertools.pairwise([0, *closed.tolist()]))
 
 
 def order_of(first: int, stop: int) -> Iterator[tuple[int, bool]]:

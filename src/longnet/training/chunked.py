@@ -360,7 +360,7 @@ class ChunkedStep:
         """Return where the log holds what each chunk overwrote, and how many rows."""
         states = tape.read_states
         row = 2 * states.shape[5] * states.element_size()
-        counts = [tape.rows_given(index, self.heads) for index in range(*span)]
+        counts = tape.rows_given(self.heads)[slice(*span)].tolist()
         starts = itertools.accumulate(counts, initial=0)
         return {index: (start * row, count)
                 for index, start, count in zip(range(*span), starts, counts, strict=False)}  # fmt: skip
