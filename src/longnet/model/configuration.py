@@ -43,6 +43,9 @@ _OF_LOADING = {
     "offload_folder", "state_dict", "tp_plan", "use_auth_token", "use_safetensors", "variant", "weights_only",
 }  # fmt: skip
 
+# In a saved configuration: the keys that others had set on it, whatever they are called, so that it always loads.
+_KEYS_OF_OTHERS = "keys_of_others"
+
 _LAPTOP: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024, 2048), "dilation_rates": (1, 2, 4, 8)}
 _THREE: dict[str, Any] = {"vocab_size": 320, "segment_lengths": (256, 512, 1024), "dilation_rates": (1, 2, 4)}
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -189,7 +192,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration of a dictionary, with fields replaced by `kwargs`; see transformers.
 
-        A dictionary that was saved may hold what others have set on the configuration; it is kept.
+        A dictionary that was saved may hold what others have set on the configuration, which `to_dict` lists; it is
+        kept.
 
         Raises:
             TypeError: beside the errors of the constructor, a keyword that nobody reads.
@@ -199,13 +203,10 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         if kwargs.get("attn_implementation") is None:  # before 5.4 it would forget what the dictionary says
             kwargs["attn_implementation"] = config_dict.get("attn_implementation")
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        foreign = {}
-        if "transformers_version" in config_dict:  # saved, with what others set on it: tokenizer_class, say
-            foreign = {name: value for name, value in config_dict.items() if cls._is_of_others(name)}
-            config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
+        if "transformers_version" in config_dict:  # saved, before `keys_of_others` was written perhaps
+            foreign = {name for name in config_dict if cls._is_of_others(name)}
+            config_dict = {**config_dict, _KEYS_OF_OTHERS: sorted({*config_dict.get(_KEYS_OF_OTHERS, ()), *foreign})}
         config, unused = super().from_dict({**config_dict, **replaced}, return_unused_kwargs=True, **kwargs)
-        for name, value in foreign.items():
-            setattr(config, name, value)
         if return_unused_kwargs:
             return config, unused
         unknown = {name for name, value in unused.items() if value is not None} - _OF_LOADING
@@ -218,8 +219,15 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         """The branches of dilated attention, with the first layer's offsets."""
         return pattern_of(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, and what others have set on the configuration, with the list of their keys."""
+        fields: dict[str, Any] = super().to_dict()
+        foreign = sorted(fields.keys() - self._known_names())
+        return {**fields, _KEYS_OF_OTHERS: foreign} if foreign else fields
+
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = kwargs.keys() - _OF_TRANSFORMERS
+        foreign = set(kwargs.pop(_KEYS_OF_OTHERS, ()))
+        unknown = kwargs.keys() - _OF_TRANSFORMERS - foreign
         if unknown:
             raise self._unknown(sorted(unknown))
         for name, hint in self._own_fields().items():
@@ -311,12 +319,16 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         return {name: hint for kind in kinds for name, hint in inspect.get_annotations(kind).items()}
 
     @classmethod
+    def _known_names(cls) -> set[str]:
+        """Return the keys that are this configuration's or transformers'."""
+        of_transformers = PreTrainedConfig().to_dict().keys() | inspect.signature(PreTrainedConfig).parameters.keys()
+        return {_KEYS_OF_OTHERS, *cls._own_fields(), *_OF_TRANSFORMERS, *of_transformers}
+
+    @classmethod
     def _is_of_others(cls, name: str) -> bool:
         """Say whether a key is neither this configuration's, nor transformers', nor one of this one's misspelt."""
-        fields = cls._own_fields().keys()
-        known = fields | _OF_TRANSFORMERS | _ALIASES.keys() | set(inspect.signature(PreTrainedConfig).parameters)
-        known |= PreTrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
-        return name not in known and not difflib.get_close_matches(name, list(fields), n=1, cutoff=0.7)
+        known = cls._known_names() | _ALIASES.keys() | GenerationConfig().to_dict().keys()  # type: ignore[no-untyped-call]
+        return name not in known and not difflib.get_close_matches(name, list(cls._own_fields()), n=1, cutoff=0.7)
 
     @classmethod
     def _unknown(cls, names: Iterable[str]) -> TypeError:
