@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longnet.model.patterns import PATTERN_FIELDS, kind_of
@@ -34,8 +35,14 @@ class _Pass:
     bounds: Tensor | None
 
 
-# No ContextVar: torch.compile cannot trace one. Threads of DataParallel have a device each.
-_passes: list[_Pass] = []
+class _Passes(threading.local):
+    """The passes of a thread: models may run in several at once. No ContextVar: torch.compile cannot trace one."""
+
+    def __init__(self) -> None:
+        self.under_way: list[_Pass] = []
+
+
+_passes = _Passes()
 
 
 def documents_told(device: torch.device, rows: int, tokens: int) -> Tensor | None:
@@ -46,7 +53,7 @@ def documents_told(device: torch.device, rows: int, tokens: int) -> Tensor | Non
         rows: B.
         tokens: T, all that the pass attends to.
     """
-    for known in reversed(_passes):
+    for known in reversed(_passes.under_way):
         if known.device == device:
             return known.bounds if known.shape == (rows, tokens) else None
     return None
@@ -102,32 +109,35 @@ def _reading(forward: Callable[..., Any]) -> Callable[..., Any]:
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not isinstance(x, Tensor) or x.ndim < 2 or len(args) > len(names):
             return forward(self, *args, **kwargs)
-        here = _read(given, x, names)
+        here = _read(self, given, x, names)
         if here.bounds is not None:
             args, kwargs = (), given
-        _passes.append(here)
+        _passes.under_way.append(here)
         try:
             return forward(self, *args, **kwargs)
         finally:
-            if torch.compiler.is_compiling():
-                _passes.pop()
-            else:
-                _passes.remove(here)
+            _passes.under_way.pop()
 
     return reading
 
 
-def _read(given: dict[str, Any], x: Tensor, names: list[str]) -> _Pass:
+def _read(model: PreTrainedModel, given: dict[str, Any], x: Tensor, names: list[str]) -> _Pass:
     """Read what a forward is given, and change it where documents were found: their positions, their mask, no cache."""
     rows, tokens = shape = tuple(x.shape[:2])
     positions, mask, indices = (given.get(name) for name in ("position_ids", "attention_mask", "seq_idx"))
-    for known in _passes:  # an outer model has handed on what was read there
+    for known in _passes.under_way:  # an outer model has handed on what was read there
         if known.shape == shape and known.position_ids is positions and known.attention_mask is mask:
+            bounds = None if torch.compiler.is_compiling() else known.bounds
+            if positions is None and bounds is not None and "position_ids" in names:
+                given["position_ids"] = _positions_within(model, bounds, rows, tokens).to(x.device)
+                return replace(known, position_ids=given["position_ids"])
             return known
     nothing = _Pass(x.device, shape, positions, mask, None)
     cache = one_of(given.get("cache"), given.get("past_key_values"))
+    if positions is not None and positions.ndim == 3 and positions.shape[2] == tokens and indices is None:
+        indices = (positions == 0).all(0).cumsum(-1)  # of M-RoPE, (axes, B, T): a document begins at 0 on all
     is_told = positions is not None and positions.ndim == 2 and positions.shape[1] == tokens
-    positions = positions if is_told else None
+    has_none, positions = positions is None, positions if is_told else None
     if (
         current_chunk() is not None  # which knows of them
         or given.get("cu_seq_lens_q") is not None  # which tell of documents themselves
@@ -165,8 +175,10 @@ def _read(given: dict[str, Any], x: Tensor, names: list[str]) -> _Pass:
         given["use_cache"] = False
     if mask is not None:
         given["attention_mask"] = (mask != 0).to(mask.dtype)
-    if positions is None and "position_ids" in names:
-        given["position_ids"] = _positions_within(bounds, rows, tokens).to(x.device)
+    if has_none:
+        _refuse_lost_positions(model, given)
+        if "position_ids" in names:
+            given["position_ids"] = _positions_within(model, bounds, rows, tokens).to(x.device)
     return _Pass(x.device, shape, given.get("position_ids"), given.get("attention_mask"), bounds)
 
 
@@ -180,11 +192,37 @@ def _is_packed(bounds: Tensor, rows: int) -> bool:
     return len(bounds) > rows
 
 
-def _positions_within(bounds: Tensor, rows: int, tokens: int) -> Tensor:
+def _positions_within(model: PreTrainedModel, bounds: Tensor, rows: int, tokens: int) -> Tensor:
+    # RoBERTa and its kin (XLM-R, CamemBERT, ESM, data2vec) begin behind their table's row for padding.
+    tables = [table.padding_idx for table in _position_tables(model) if table.padding_idx is not None]
+    first = tables[0] + 1 if tables else 0
     positions = torch.zeros(rows, tokens, dtype=torch.int64)
     for row, start, stop in bounds.tolist():
-        positions[row, start:stop] = torch.arange(stop - start)
+        positions[row, start:stop] = torch.arange(first, first + stop - start)
     return positions
+
+
+def _position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+    ]
+
+
+def _refuse_lost_positions(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    """Refuse documents without position_ids where a model's own positions would not restart with each."""
+    if any(name.startswith("pixel_values") and value is not None for name, value in given.items()):
+        raise ValueError(
+            "documents with images, packed into a row, need position_ids that restart with each: where an image ends "
+            "is the model's to say"
+        )
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if _position_tables(model) and not any("position_ids" in inspect.signature(m.forward).parameters for m in inner):
+        raise ValueError(
+            f"{type(model).__name__} takes no position_ids, and its own would go on from one document of a row to the "
+            "next: give each document a row"
+        )
 
 
 @torch.library.custom_op("longnet::documents_told", mutates_args=())
