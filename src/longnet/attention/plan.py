@@ -145,7 +145,7 @@ def plan(
                 for rows in segments.kept(pattern, rate, num_heads, num_kv_heads):
                     own = _see_own(rows, is_dense, is_causal, is_partial, is_first, skipped)
                     others = _see_others(rows, is_dense, is_causal, is_partial, branch, skipped)
-                    tiles += (replace(tile, is_whole=is_whole) for tile in itertools.chain(own, others))
+                    tiles += (replace(tile, is_whole=is_whole, branch=branch) for tile in itertools.chain(own, others))
     return Plan(tuple(tiles), is_complete=branches[0][1][1] == 1 and written == batch_size * q_tokens)
 
 

@@ -15,6 +15,7 @@ import torch
 from longnet.attention.backends.triton import launch
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.plan import plan, runs_of
+from longnet.attention.tiles import has_few_parts
 from longnet.attention.views import blocks
 
 Row = dict[str, Any]
@@ -54,14 +55,16 @@ def costs(
     """
     dense = 4 * head_dim * num_heads * (tokens * (tokens + 1) // 2)
     flops = pattern.flops(tokens=tokens, num_heads=num_heads, head_dim=head_dim, is_causal=True)
-    calls = _calls(tokens, pattern, num_heads, head_dim)
+    calls, thinned = _calls(tokens, pattern, num_heads, head_dim)
     for index, (way, factor) in enumerate((("forward", 1.0), ("backward", 2.5))):
         rate = device.dense_flops[index]
         dense_seconds = factor * dense / rate
         for path in ("tiles", "fused"):
             waste = _waste(device, path, tokens, pattern, num_heads, head_dim)
             moved = num_heads * head_dim * _bytes_per_channel(path, way, tokens, pattern)
-            launches = {"tiles": (2, 4)[index] * calls, "fused": index + 1}[path]
+            # What puts parts together reads addresses that are sent; cuDNN's backward reads copies of lse, out, dout.
+            at_once = (calls + 2, 2 * (calls + thinned) + 6) if has_few_parts(pattern) else (2 * calls, 6 * calls)
+            launches = {"tiles": at_once[index], "fused": index + 1}[path]
             share = 1.0 if path == "tiles" else device.fused_share
             computing = factor * flops * waste / (rate * share)
             seconds = max(computing + moved / device.bytes_per_second, launches * device.launch_seconds)
@@ -83,14 +86,15 @@ def costs(
             }
 
 
-def _calls(tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> int:
-    """Count the kernel calls of the tiled path, from the plan that it follows."""
+def _calls(tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Count the kernel calls of the tiled path, and those of thinned queries, from the plan that it follows."""
     x = torch.empty(1, tokens, num_heads, head_dim, device="meta", dtype=torch.bfloat16).transpose(1, 2)
     tiles = plan(
         pattern, runs=runs_of(None, 1, tokens), batch_size=1, q_tokens=tokens, k_tokens=tokens,
         num_heads=num_heads, num_kv_heads=num_heads, is_causal=True,
     ).tiles  # fmt: skip
-    return sum(len(blocks(tile, (x,), (x,), 2**31 - 1, groups_heads=True)) for tile in tiles)
+    counts = [(tile.q_rate, len(blocks(tile, (x,), (x,), 2**31 - 1, groups_heads=True))) for tile in tiles]
+    return sum(count for _, count in counts), sum(count for rate, count in counts if rate > 1)
 
 
 def _waste(device: Device, path: str, tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> float:
@@ -110,19 +114,28 @@ def _waste(device: Device, path: str, tokens: int, pattern: DilationPattern, num
     return computed / useful
 
 
+def combined_bytes(way: str, tokens: int, pattern: DilationPattern) -> float:
+    """Return the bytes that one channel of one head moves as parts are put together: all read, one sum written."""
+    rows = sum(tokens / rate for _, rate in pattern.branches)
+    return {"forward": 1, "backward": 3}[way] * 2 * (rows + tokens)
+
+
 def _bytes_per_channel(path: str, way: str, tokens: int, pattern: DilationPattern) -> float:
-    """Return the bytes that one channel of one head moves: 16-bit tensors, sums in float32 between branches."""
-    total = 0.0
+    """Return the bytes that one channel of one head moves: 16-bit tensors, sums in float32 between branches.
+
+    Tiles of a pattern that thins its queries leave no sums, but parts, which are put together at once.
+    """
+    is_combined = path == "tiles" and has_few_parts(pattern)
+    total = combined_bytes(way, tokens, pattern) if is_combined else {"forward": 6, "backward": 18}[way] * tokens
     for index, (_, rate) in enumerate(sorted(pattern.branches, key=lambda branch: branch[1])):
         keys, queries = tokens / rate, tokens / (1 if pattern.queries == "all" else rate)
+        merging = (2 + 4) if index == 0 else (2 + 4 + 4)  # the first is written, later ones are merged
+        summing = 8 if path == "fused" else 2 if is_combined else 2 + merging
         if way == "forward":
-            merging = (2 + 4) if index == 0 else (2 + 4 + 4)  # the first is written, later ones are merged
-            total += 4 * keys + (2 + 2 + merging) * queries if path == "tiles" else 4 * keys + (2 + 8) * queries
+            total += 4 * keys + (2 + summing) * queries
         else:
-            adding = (2 + 4) if index == 0 else (2 + 4 + 4)
             kernel = 2 * (4 * keys + 3 * 2 * queries)  # q, out, dout and k, v read, by each of its two passes
-            total += (
-                kernel + (2 + adding) * (queries + 2 * keys) if path == "tiles" else kernel + 8 * (queries + 2 * keys)
-            )
-    casts = {"forward": 4 + 2, "backward": 3 * (4 + 2)}[way]
-    return total + casts * tokens
+            if path == "tiles" and rate > 1:
+                kernel += 2 * (2 + 2) * queries  # out and dout, copied: cuDNN wants the layout that it gave
+            total += kernel + summing * (queries + 2 * keys)
+    return total

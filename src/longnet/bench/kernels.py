@@ -20,14 +20,15 @@ Row = dict[str, Any]
 ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (16, 32, 64, 128, 256)
 KERNELS = (
-    "attend", "attend, halo", "backward_queries", "backward_queries, halo", "backward_keys", "backward_halo", "decode"
+    "attend", "attend, halo", "backward_queries", "backward_queries, halo", "backward_keys", "backward_halo", "decode",
+    "combine", "combine, sum",
 )  # fmt: skip
 QUICK = tuple((90, kernel, torch.bfloat16, 64) for kernel in KERNELS)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 _FLOAT32 = {"ACC", "LSE", "DELTA", "PART", "PART_LSE"}  # pointers to what is not of the tensors' dtype
-_INT32 = {"BRANCHES", "OFFSETS", "PLACES", "EDGES", "WORK", "ACTIVE", "COUNTS"}
-_INT64 = {"NEXT", "FIRST"}
+_INT32 = {"BRANCHES", "OFFSETS", "PLACES", "EDGES", "WORK", "ACTIVE", "COUNTS", "LAYERS", "BASES"}
+_INT64 = {"NEXT", "FIRST", "ENTRIES"}
 
 
 def cases() -> Iterator[tuple[int, str, torch.dtype, int]]:
@@ -40,6 +41,8 @@ def cases() -> Iterator[tuple[int, str, torch.dtype, int]]:
 def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int) -> launch.Blocks:
     """Return how a kernel is cut where it is launched."""
     name, _, has_halo = kernel.partition(", ")
+    if name == "combine":
+        return launch.combine_blocks(head_dim)
     if name == "attend":
         return launch.forward_blocks(dtype, head_dim, has_halo=bool(has_halo))
     if name == "backward_queries":
@@ -63,15 +66,16 @@ def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: in
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from longnet.attention.backends.triton import backward, decode, forward, tables
+    from longnet.attention.backends.triton import backward, combine, decode, forward, tables
 
     name, _, has_halo = kernel.partition(", ")
-    function = getattr({"attend": forward, "decode": decode}.get(name, backward), name)
+    function = getattr({"attend": forward, "decode": decode, "combine": combine}.get(name, backward), name)
     sources = tables.EVERYWHERE if has_halo else tables.AT_HAND
     blocks = blocks_of(kernel, dtype, head_dim)
     constants = {
         "CAUSAL": True, "HAS_SINKS": False, "FROM": sources.start, "TO": sources.stop, "STEP": sources.step,
         "ROWS": blocks.rows, "KEYS": blocks.keys, "D": head_dim, "DP": launch.padded(head_dim), "UPCAST": False,
+        "SOFTMAX": "sum" not in kernel,
     }  # fmt: skip
     names = function.arg_names
     signature = {name: _type_of(name, DTYPES[dtype], constants) for name in names}

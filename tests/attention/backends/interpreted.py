@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cases import Case, cases, patterns
 from longnet import DilationPattern, dilated_attention
+from longnet.attention import tiles
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
 from longnet.attention.chunks import Tape
@@ -19,12 +20,12 @@ from stretches import cut_sequences, learn, sequences, simulate, texts
 from tolerances import FORWARD_FACTOR, GRADIENT_FACTOR, SAME_FLOAT32, assert_as_good_as_plain, rounding_floor
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, backend: str = "triton") -> None:
     case.q, case.k, case.v = (x.to(dtype).double() for x in (case.q, case.k, case.v))
     exact = case.run("reference", torch.float64)
     plain = case.run("reference", dtype)
     logit, magnitudes = case.magnitudes()
-    for name, got in case.run("triton", dtype).items():
+    for name, got in case.run(backend, dtype).items():
         factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
         floor = rounding_floor(dtype, logit, magnitudes[name])
         assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
@@ -41,6 +42,33 @@ def test_any_call_in_float32(case):
 @given(case=cases(head_dims=(16,), max_tokens=24, max_kv_heads=2, max_batch=2, min_length=5))
 def test_any_call_in_16_bits(case, dtype):
     check(case, dtype)
+
+
+@settings(max_examples=8)
+@given(case=cases(head_dims=(16, 24), max_tokens=40), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_parts_put_together_where_they_lie(case, dtype):
+    """The tiled path over the CPU's kernel, whose results are read in one launch: any call, forward and backward."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "_combines_on", lambda _: True)
+        check(case, dtype, "sdpa")
+
+
+@pytest.mark.parametrize("layout", ["BTHD", "BHTD"])
+def test_parts_of_documents_in_one_launch_each(layout, monkeypatch):
+    """Three documents, and heads that share keys: out, and each gradient, is one launch."""
+    launched, launch_once = [], launch._launch
+    monkeypatch.setattr(tiles, "_combines_on", lambda _: True)
+    monkeypatch.setattr(
+        launch,
+        "_launch",
+        lambda kernel, *rest, **more: launched.append(kernel.__name__) or launch_once(kernel, *rest, **more),
+    )
+    q, k, v = (torch.randn(1, heads, 70, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    if layout == "BTHD":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    case = Case(q, k, v, DilationPattern((8, 20, 24), (1, 3, 2)), True, {"cu_seqlens": torch.tensor([0, 30, 31, 70])})
+    check(case, torch.float32, "sdpa")
+    assert launched == ["combine"] * 4
 
 
 @pytest.mark.parametrize("queries", ["kept", "all"])
@@ -170,6 +198,10 @@ def test_positions_beyond_32_bits_are_refused_where_several_tokens_come():
 
 def test_merging_in_one_launch():
     assert dispatch._disagreement(torch.device("cpu")) < 1e-6
+
+
+def test_putting_parts_together_proves_itself():
+    assert tiles._disagreement(torch.device("cpu")) < 1e-6
 
 
 def test_the_same_bits_at_every_run():

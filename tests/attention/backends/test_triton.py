@@ -48,7 +48,7 @@ def compiled(row):
     assert row["shared_bytes"] <= SHARED_BYTES, row
     assert row["narrow_loads"] == 0, row
     assert row["wide_loads"] > 0, row
-    if row["dtype"] != "float32":
+    if row["dtype"] != "float32" and not row["kernel"].startswith("combine"):  # which multiplies no matrices
         assert row["tensor_core"] != "none", row
 
 
@@ -62,6 +62,8 @@ def compiled(row):
         (100, "attend", torch.float16, 64),
         (90, "attend, halo", torch.bfloat16, 128),
         (90, "decode", torch.bfloat16, 128),
+        (90, "combine", torch.bfloat16, 128),
+        (90, "combine, sum", torch.bfloat16, 128),
     ],
 )
 def test_compiled_without_a_gpu(architecture, kernel, dtype, head_dim, tmp_path, monkeypatch):

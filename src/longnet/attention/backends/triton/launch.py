@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.triton.parts import ROW_BYTES, Part, entries_of, placed, table_of
 from longnet.attention.backends.triton.tables import (
     AT_HAND,
     active_on,
@@ -342,6 +343,54 @@ def merge_(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None
         *out.stride()[:3], *lse.stride(), *tile_out.stride()[:3], *tile_lse.stride(),
         ROWS=rows, D=head_dim, DP=padded(head_dim), num_warps=4,
     )  # fmt: skip
+
+
+def can_combine(*parts: Tensor) -> bool:
+    """Say whether `combine` can read such parts: rows of whole 16 bytes."""
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % ROW_BYTES == 0
+        and all(step * x.itemsize % ROW_BYTES == 0 for step in x.stride()[:-1])
+        for x in parts
+    )
+
+
+def combine(
+    parts: list[Part], out: Tensor, lse: Tensor | None, sinks: Tensor | None, whole: Whole, *, skipped: int
+) -> None:
+    """Write a result whose parts tiles have computed, in one launch; what lies in no run is left.
+
+    Args:
+        parts: of one dtype, whose rows begin at multiples of 16 bytes.
+        out: (B, H, T, D) of any float dtype, dense, last stride 1.
+        lse: (B, H, T), float32, of the softmax; None where parts are added up.
+        sinks: (H,) or (B, H, T), logits of one more key of value 0, or None.
+        whole: what attends to what.
+        skipped: positions at hand before the first of the result's.
+    """
+    from longnet.attention.backends.triton import combine as kernels
+
+    head_dim, like = out.shape[3], parts[0].out
+    blocks = combine_blocks(head_dim)
+    table = table_of(
+        tuple(placed(part, out) for part in parts), out.shape[:3], out.stride()[:3], like.itemsize, whole, skipped,
+        blocks.rows, out.device,
+    )  # fmt: skip
+    is_softmax = lse is not None
+    lse = out[..., 0] if lse is None else lse
+    logits = lse if sinks is None else _per_query(sinks, out)
+    _launch(
+        kernels.combine, (table.work.shape[0], out.shape[1]),
+        out, lse, logits, like, entries_of(table, parts, out.device), table.layers, table.bases, table.work,
+        table.layers.shape[0], out.shape[1], *out.stride()[:3], *lse.stride(), *logits.stride(),
+        SOFTMAX=is_softmax, HAS_SINKS=sinks is not None, ROWS=blocks.rows, D=head_dim, DP=padded(head_dim),
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+def combine_blocks(head_dim: int) -> Blocks:
+    """Return how `combine` is cut: 16 numbers of a result a thread; it has no keys."""
+    return Blocks(max(8, 2048 // padded(head_dim)), 0, 4, 1)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:

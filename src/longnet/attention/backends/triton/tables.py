@@ -141,5 +141,9 @@ def _travel(blocks: Sequence[tuple[int, ...]], columns: int, device: torch.devic
             f'backend="triton" counts positions in 32 bits, and got tokens at {farthest:,}, beyond 2**30: take "auto", '
             "or stream them one by one"
         )
-    work = torch.tensor(blocks, dtype=torch.int32).view(-1, columns)
-    return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work.to(device)
+    return send(torch.tensor(blocks, dtype=torch.int32).view(-1, columns), device)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU's on a device; nothing waits for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
