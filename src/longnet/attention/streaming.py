@@ -86,6 +86,7 @@ class StreamState:
         self.is_recording = False
         self._launched: tuple[Any, launch.Step] | None = None
         self._on_device: tuple[Any, ...] = ()  # next and first as the device has them
+        self._captured: tuple[int, int] | None = None  # where the keys and values lay that a graph was captured with
         self.restart()
 
     def restart(self) -> None:
@@ -176,7 +177,12 @@ class StreamState:
         if self._launched is None or self._launched[0] != shape:
             self._launched = shape, launch.step_of(q, self.keys)
             self._on_device = ()
-        step = self._launched[1]
+        step, is_capturing = self._launched[1], q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._on_device != stands and is_capturing:
+            raise ValueError(
+                "a graph is captured of a step whose position the device does not know: attend with one token first, "
+                "after the prompt, crop(), restart() or select()"
+            )
         if self._on_device != stands:
             step.positions.copy_(torch.tensor(stands, dtype=torch.int64))
         for run in runs if self.is_recording else ():
@@ -188,7 +194,9 @@ class StreamState:
             q, k, v, self.keys, self.values, sinks, self.pattern, tuple(self._edges), step,
             tuple(row in rows for row in range(len(self.next))), scale=scale,
         )  # fmt: skip
-        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()):  # which computes nothing yet
+        if is_capturing:  # which computes nothing yet
+            self._captured = self.keys.data_ptr(), self.values.data_ptr()
+        else:
             self._advance(1, runs)
         self._on_device = list(self.next), list(self.first)
         return out
@@ -197,18 +205,31 @@ class StreamState:
         """Take note of steps of one token a batch row that a CUDA graph of a step has run, unseen by Python.
 
         What a capture records has not run, and does not count. A graph is good for as long as the keys lie where they
-        are, which `select` ends; after `restart` and `crop` an eager step must come first, which tells the device.
+        are, which `select` ends; after `restart`, `crop` and several tokens at once an eager step must come first,
+        which tells the device. Nothing of ours runs between two replays, so that it did not is found out here.
 
         Args:
             steps: how often it was replayed.
 
         Raises:
-            ValueError: no step was launched by `backend="triton"` before, or steps were replayed while each step was to
-                be recorded, or beyond the room that `max_tokens` makes, where rows are dropped.
+            ValueError: no step was launched by `backend="triton"` before, or steps were replayed where the device did
+                not stand where the state does, or with keys that lie elsewhere by now, or while each step was to be
+                recorded, or beyond the room that `max_tokens` makes, where rows are dropped.
         """
         if self._launched is None or self.is_recording:
             raise ValueError(
                 'a graph replays steps of backend="triton" that are not recorded: capture one, then replay it'
+            )
+        if self._on_device != (self.next, self.first):
+            raise ValueError(
+                "a graph was replayed at another position than the state's: one token must be attended with by itself "
+                "after crop(), restart(), select() or several tokens, and before the replay. What it wrote is wrong: "
+                "restart() and begin anew"
+            )
+        if self._captured not in (None, (self.keys.data_ptr(), self.values.data_ptr())):
+            raise ValueError(
+                "a graph was replayed with keys that lie elsewhere since select(), or since more room was made: "
+                "capture it anew, and take what it gave for nothing"
             )
         longest = max(self.next) + steps
         if longest > self.max_tokens and self._edges_of(longest) != self._edges:

@@ -106,8 +106,11 @@ def differentiate_tiles(
 def combines(q: Tensor) -> bool:
     """Say whether the parts that tiles of queries like q give are put together at once, where they lie.
 
-    That is a launch of Triton's, which has to prove itself on a device first.
+    That is a launch of Triton's, which has to prove itself on a device first. The addresses that it reads are a call's
+    own, so a CUDA graph, which outlives the call, must not hold it.
     """
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return _combines_on(q.device) and q.dtype != torch.float64 and q.shape[3] * q.dtype.itemsize % ROW_BYTES == 0
 
 

@@ -186,6 +186,50 @@ def test_what_a_graph_cannot_replay_is_said():
         state.replayed(1)
 
 
+def test_a_replay_where_the_device_was_not_told_is_found_out():
+    state = StreamState(
+        DilationPattern((32,), (1,)), batch_size=2, num_kv_heads=1, head_dim=16, dtype=torch.float32,
+        device=torch.device("cpu"), backend="triton",
+    )  # fmt: skip
+    token, prompt = torch.zeros(2, 1, 1, 16), torch.zeros(2, 1, 3, 16)
+    elsewhere = (
+        lambda: state.crop(1), state.restart, lambda: state.attend(prompt, prompt, prompt, scale=None),
+        lambda: setattr(state, "backend", "auto") or state.attend(token, token, token, scale=None),
+    )  # fmt: skip
+    for move in elsewhere:
+        state.backend = "triton"
+        state.attend(token, token, token, scale=None)
+        state.replayed(1)
+        move()
+        with pytest.raises(ValueError, match="replayed at another position than the state's"):
+            state.replayed(1)
+
+
+def test_a_capture_where_the_device_was_not_told_is_refused(monkeypatch):
+    """A step under capture would record where the sequences stand, and each replay would go back there."""
+    state = StreamState(
+        DilationPattern((32,), (1,)), batch_size=1, num_kv_heads=1, head_dim=16, dtype=torch.float32,
+        device=torch.device("cpu"), backend="triton",
+    )  # fmt: skip
+    token = torch.zeros(1, 1, 1, 16)
+    state.attend(token, token, token, scale=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        state.attend(token, token, token, scale=None)
+        assert state.next == [1]
+        state.crop(1)
+        with pytest.raises(ValueError, match="attend with one token first"):
+            state.attend(token, token, token, scale=None)
+    state.restart()
+    state.attend(token, token, token, scale=None)
+    state.replayed(1)
+    state.select([0])
+    state.attend(token, token, token, scale=None)
+    with pytest.raises(ValueError, match="keys that lie elsewhere since select"):
+        state.replayed(1)
+
+
 def test_positions_beyond_32_bits_are_refused_where_several_tokens_come():
     state = StreamState(
         DilationPattern((32,), (1,)), batch_size=1, num_kv_heads=1, head_dim=16, dtype=torch.float32,
