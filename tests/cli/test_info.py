@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from longnet.cli.recipe import load_recipe
@@ -109,6 +110,21 @@ def test_data(call, words, capsys):
     sizes = sorted(data.train.documents[1:] - data.train.documents[:-1])
     assert f"all {sizes[-1]:,}" in printed
     assert "a test" in printed
+
+
+def test_where_data_come_from_is_told_in_words(call, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.py").write_text("a = 1\n")
+    (source / "b.py").write_text("")
+    assert call("prepare", source, "-o", tmp_path / "data", "--validation", "0") == 0
+    assert call("info", tmp_path / "data") == 0
+    told = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert told["skipped"] == "empty 1"
+    assert told["duplicates"] == "0"
+    assert f"numpy {np.__version__}" in told["versions"]
+    assert f"sources {source}, tokenizer bytes, train bpe none" in told["identity"]
+    assert "suffixes none" in told["identity"]
 
 
 def test_mistakes_are_one_line(call, words, recipe_file, tmp_path, capsys):

@@ -241,12 +241,12 @@ def _in_words(value: object) -> str:
             return "yes" if value else "no"
         case int():
             return f"{value:,}"
-        case None | "" | [] | {}:
+        case None | "":
             return "none"
-        case dict():
-            return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
+        case dict():  # not "case {}", which any dict matches
+            return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items()) or "none"
         case list():
-            return ", ".join(_in_words(part) for part in value)
+            return ", ".join(_in_words(part) for part in value) or "none"
     return str(value)
 
 
