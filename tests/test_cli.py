@@ -75,7 +75,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["frobnicate"], "there is no command 'frobnicate': there are show, prepare"),
         (["bench", "atention"], "there is no command 'bench atention': did you mean attention?"),
         (["bench", "frobnicate"], "there is no command 'bench frobnicate': there are attention, decode"),
-        (["show", "8:1", "16:2", "-n", "8"], "show takes no more words than it was given before: 16:2"),
+        (["show", "8:1", "16:2", "-n", "8"], "show has no place for '16:2': longnet show --help"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments, message):
@@ -84,6 +84,26 @@ def test_a_mistake_is_one_line_and_exit_status_2(monkeypatch, capsys, arguments,
     assert message in error
     assert error.startswith("longnet: ")
     assert error.count("\n") == 1
+
+
+def test_bash_completes_what_the_completion_was_written_for(monkeypatch, capsys, tmp_path):
+    script = tmp_path / "longnet"
+    assert run(monkeypatch, "--install-completion", "--shell", "bash", "-o", str(script)) == 0
+    assert f"installed to {script}" in capsys.readouterr().out
+    function = re.search(r"^complete -F (\S+) longnet$", script.read_text(), re.MULTILINE)[1]
+    for words, expected in {
+        "longnet tr": {"train"},
+        "longnet bench ": {"attention", "decode", "distributed", "kernels", "slides"},
+        "longnet prepare --split-by ": {"document", "folder"},
+        "longnet train demo --optim.l": {"--optim.lr"},
+    }.items():
+        typed = words.split(" ")
+        code = (
+            f"source {shlex.quote(str(script))}; COMP_WORDS=({shlex.join(typed)}); COMP_CWORD={len(typed) - 1};"
+            f"{function}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        found = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+        assert set(found.stdout.split()) == expected, words
 
 
 def test_an_error_that_nobody_raised_on_purpose_is_no_mistake_of_the_users(monkeypatch):

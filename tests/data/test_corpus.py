@@ -74,6 +74,8 @@ def test_suffixes_and_exclusions(tree):
     assert names("repo", suffixes=[".PNG", "makefile"]) == ["repo/Makefile", "repo/picture.png"]
     assert names("repo", exclude=["test*", "a*"]) == ["repo/Makefile", "repo/b.txt", "repo/venv/module.py"]
     assert list_corpus(["repo"], exclude=["test*", "a*"]).skipped["excluded"] == 3
+    unused = list_corpus(["repo"], suffixes=[".PNG", "Rakefile"]).unused
+    assert unused == ["--suffixes 'Rakefile'"]  # as it was typed
     with pytest.raises(ValueError, match=r"no text in repo \(left out: .* 8 of another kind\)"):
         list_corpus(["repo"], suffixes=[".rs"])
 

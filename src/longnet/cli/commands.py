@@ -117,9 +117,8 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(_no_command(" ".join([*group, unknown]), names)) from error
     except cyclopts.UnusedCliTokensError as error:
         rest = " ".join(error.unused_tokens or ())
-        raise ValueError(
-            f"{' '.join(error.command_chain or ())} takes no more words than it was given before: {rest}"
-        ) from error
+        typed = " ".join(error.command_chain or ())
+        raise ValueError(f"{typed} has no place for {rest!r}: longnet {typed} --help shows what it takes") from error
     except cyclopts.CycloptsError as error:
         raise ValueError(str(error)) from error
 

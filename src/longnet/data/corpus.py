@@ -125,7 +125,7 @@ def list_corpus(sources: Sequence[str], *, suffixes: Sequence[str] = (), exclude
     for suffix in suffixes:
         if glob.has_magic(suffix) or "/" in suffix:
             raise ValueError(f"--suffixes takes suffixes like .py and whole names like Makefile, got {suffix!r}")
-    walk = _Walk(tuple(suffix.lower() for suffix in suffixes), tuple(exclude))
+    walk = _Walk(tuple(suffixes), tuple(exclude))
     for source in sources:
         if source.startswith(HUB):
             walk.begin(None)
@@ -296,7 +296,8 @@ class _Walk:
     def _wanted(self, name: str) -> bool:
         lower = name.lower()
         if self._suffixes:
-            matching = [s for s in self._suffixes if lower == s or (s.startswith(".") and lower.endswith(s))]
+            wanted = [(suffix, suffix.lower()) for suffix in self._suffixes]
+            matching = [given for given, low in wanted if lower == low or (low[0] == "." and lower.endswith(low))]
             self._used.update(matching)
             return bool(matching)
         suffix = Path(_uncompressed(lower)).suffix
