@@ -23,17 +23,15 @@ def test_the_blocks_of_the_data_page_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```(console|python)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     assert [kind for kind, _ in blocks].count("python") >= 3
     names = {}
-    for number, (kind, block) in enumerate(blocks):
+    for kind, block in blocks:
         if kind == "console":
             for line in block.splitlines():
                 monkeypatch.setattr(sys, "argv", shlex.split(line.removeprefix("$ ")))
                 with pytest.raises(SystemExit) as stop:
                     main()
                 assert not stop.value.code
-            if number == 0:
-                (tmp_path / "DATA").rename(tmp_path / "first")
         else:
-            exec(compile(block, f"data.md block {number}", "exec"), names)  # noqa: S102
+            exec(compile(block, "data.md", "exec"), names)  # noqa: S102
     assert names["input_ids"].shape == (4, 512)
     assert names["data"].provenance["sources"] == ["SOURCE"]
     assert '"""' in capsys.readouterr().out  # the text of a module
