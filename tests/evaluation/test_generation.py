@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longnet.data.tokenizer import load_tokenizer
-from longnet.evaluation import generation
 from longnet.evaluation.generation import Sampling, StreamedText, generate_text
+from longnet.model.versions import TAKES_COLUMNS
 
 
 class Pieces(io.StringIO):
@@ -96,10 +96,11 @@ def test_an_empty_prompt_needs_an_end_token(model):
         generate_text(model, tokenizer, "", Sampling())
 
 
+@pytest.mark.skipif(TAKES_COLUMNS, reason="transformers cuts prompts rightly from 5.4 on")
 @pytest.mark.parametrize("prompt", ["short", "a longer prompt " * 9])
 def test_a_prompt_goes_forward_in_parts_of_one_size(model, tokenizer, prompt, monkeypatch):
     expected = generate_text(model, tokenizer, prompt, Sampling(tokens=12, temperature=0))
-    monkeypatch.setattr(generation, "_PREFILL", 16)
+    monkeypatch.setattr("longnet.model.generation._PREFILL", 16)
     sizes = []
     model.model.register_forward_pre_hook(
         lambda _, __, keywords: sizes.append(keywords["input_ids"].shape[1]), with_kwargs=True

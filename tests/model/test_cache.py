@@ -14,7 +14,7 @@ import longnet
 from longnet import DilatedCache, DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import use_sparse_fixed_attention
-from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
+from longnet.model.versions import CACHE, TAKES_COLUMNS, TELLS_WHAT_TO_RECORD
 from model.families import BRANCHES, CAUSAL, build, dilated, positions_of, skip_broken_prefill, tokens_of
 
 SAME = 1e-5  # logits in float32, along two paths
@@ -48,6 +48,26 @@ WAYS = {
     "chunked prefill": {"do_sample": False, "prefill_chunk_size": 7},
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
 }
+
+
+@pytest.mark.skipif(TAKES_COLUMNS, reason="transformers cuts prompts rightly from 5.4 on")
+@pytest.mark.parametrize("way", ["greedy", "beam search"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_long_prompt_of_generate_goes_forward_in_parts(family, way, monkeypatch):
+    monkeypatch.setattr("longnet.model.generation._PREFILL", 16)
+    model, ids = model_of(family), tokens_of(2, 45)
+    mask = torch.ones_like(ids)
+    mask[0, :19] = 0  # more than a part
+    options = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9, **WAYS[way]}
+    expected = model.generate(ids, cache_implementation="dynamic", **options)
+    sizes = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert sizes[:3] == [16, 16, 13]
+    handle.remove()
+    if way == "greedy":  # embeddings, which are no tokens, go forward in one piece
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected[:, 45:])
 
 
 @pytest.mark.parametrize("way", list(WAYS))

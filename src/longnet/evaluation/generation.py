@@ -11,9 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from longnet.evaluation.scoring import refuse_more_positions
-from longnet.model.cache import DilatedCache, refusal
-from longnet.model.patterns import kind_of
-from longnet.model.versions import CACHE
 
 _PREFILL = 8192  # tokens of the prompt that go forward at a time, so that memory does not grow with the prompt
 
@@ -90,7 +87,6 @@ def generate_text(
                 streamer=text,
                 max_new_tokens=sampling.tokens,
                 pad_token_id=pad,
-                **_prefilled(model, input_ids, sampling.tokens),
                 **ends,
                 **_choice(sampling),
             )
@@ -145,19 +141,6 @@ class StreamedText(BaseStreamer):
             self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
-
-
-@torch.no_grad()
-def _prefilled(model: PreTrainedModel, input_ids: Tensor, tokens: int) -> dict[str, DilatedCache]:
-    """Return a cache that has read a long prompt but for its last part, where the cache's size is constant."""
-    config = model.config.get_text_config(decoder=True)
-    if input_ids.shape[1] <= _PREFILL or kind_of(config) != "dilated" or refusal(config) is not None:
-        return {}
-    cache = DilatedCache(config, max_tokens=input_ids.shape[1] + tokens)
-    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    for part in torch.split(input_ids, _PREFILL, dim=1)[:-1]:
-        decoder(input_ids=part, use_cache=True, **{CACHE: cache})
-    return {CACHE: cache}
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:

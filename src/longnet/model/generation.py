@@ -1,4 +1,4 @@
-"""generate() with a DilatedCache by itself, for every model whose attention is "dilated"."""
+"""generate() with a DilatedCache by itself, and prompts in parts, for every model whose attention is "dilated"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from longnet.model.cache import DilatedCache, refusal
 from longnet.model.documents import refuse_documents
 from longnet.model.patterns import PATTERN_FIELDS, kind_of
-from longnet.model.versions import CACHE, TELLS_WHAT_TO_RECORD
+from longnet.model.versions import CACHE, TAKES_COLUMNS, TELLS_WHAT_TO_RECORD
+
+_PREFILL = 8192  # tokens of a prompt that go forward at a time, so that memory does not grow with the prompt
 
 _prepare: Callable[..., Any] = GenerationMixin._prepare_cache_for_generation
 
@@ -52,8 +54,19 @@ def _prepare_cache(
         for layer in cache.layers:
             layer.may_keep_all = True
         model_kwargs[CACHE] = cache
+        is_plain = generation_mode != GenerationMode.ASSISTED_GENERATION and not generation_config.is_assistant
+        if is_plain and length > _PREFILL and generation_config.prefill_chunk_size is None and _is_text(model_kwargs):
+            generation_config.prefill_chunk_size = _PREFILL  # of this call's own copy
         return None
     return _prepare(self, generation_config, model_kwargs, generation_mode, batch_size, length)
+
+
+def _is_text(model_kwargs: dict[str, Any]) -> bool:
+    """Say whether a prompt is tokens alone, which transformers cuts into parts, from 5.4 on rightly."""
+    given = {name: x for name, x in model_kwargs.items() if isinstance(x, Tensor)}
+    mask = given.pop("attention_mask", None)
+    has_features = any(x.is_floating_point() for x in given.values())
+    return not TAKES_COLUMNS and not has_features and (mask is None or mask.ndim == 2)
 
 
 def _is_causal(model: nn.Module) -> bool:
