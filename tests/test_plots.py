@@ -3,10 +3,13 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from longnet import DilationPattern
 from longnet.plots import (
     _COLOURS,
+    _DPI,
+    _LETTERS,
     Curve,
     css_variables,
     draw_curves,
@@ -45,6 +48,14 @@ def test_pictures_are_written(tmp_path, suffix):
     path = tmp_path / f"pattern{suffix}"
     draw_pattern(DilationPattern((16, 32), (1, 2)), path, tokens=64, num_heads=2)
     assert path.stat().st_size > 5000
+
+
+def test_a_picture_of_three_branches_can_be_read_on_a_telephone(tmp_path):
+    path = tmp_path / "pattern.png"
+    draw_pattern(DilationPattern((16, 32, 64), (1, 2, 4)), path, tokens=64, num_heads=4)
+    width = imread(path).shape[1]
+    letters = _LETTERS / 72 * 2 * _DPI  # of the picture's pixels
+    assert letters * 358 / width >= 11  # what a page leaves of 390 pixels
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from longnet.attention.pattern import DilationPattern
 _CELLS = 256
 _DRAWN_TOKENS = 2**22
 _DPI = 100
+_LETTERS = 15  # points in a pattern's picture: with three branches, 11 pixels where it is 358 wide
 # A hue for each offset, so that heads that keep other rows look other; the first is that of rate 1.
 _HUES = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")
 
@@ -129,9 +131,10 @@ def draw_pattern(
     shown: int = 8,
     cells: int = _CELLS,
 ) -> None:
-    """Draw which keys (across) each query (down) sees: a column per head, a row per branch, and all branches last.
+    """Draw which keys (across) each query (down) sees: a row per head, a column per branch, and all branches last.
 
     A colour's depth says which share of a square's pairs is attended to, its hue the offset of the rows that are kept.
+    Upright and in large letters, so that four columns can be read on a telephone.
 
     Args:
         pattern: the branches.
@@ -164,57 +167,57 @@ def draw_pattern(
     size = grids[0][0].size
     count = len(grids[0][0].shares)
     side = count * max(1, round(150 / count))  # pixels; whole ones for each square, so that all are as large
-    left, top, gap, bottom, right = 74, 58, 34, 30, 112
-    between = 24
-    width = left + heads * side + (heads - 1) * between + right
-    rows = len(branches) + 1
-    height = top + rows * side + (rows - 1) * gap + bottom
+    left, right, between, gap, foot = 86, 16, 16, 44, 226
+    columns = len(branches) + 1
+    width = left + columns * side + (columns - 1) * between + right
+    each = "a square is one query and one key" if size == 1 else f"a square is {size:,} × {size:,} tokens"
+    said = f"{tokens:,} tokens, queries down, keys across; {each}; hue: offset"
+    said = textwrap.fill(said, (width - 30) * 72 // (_DPI * _LETTERS * 6 // 10))
+    top = 112 + 24 * (said.count("\n") + 1)
+    height = top + heads * side + (heads - 1) * gap + foot
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     power = 1 if size == 1 else 0.4
     ticks = _ticks(tokens)
 
-    def panel(row: int, head: int) -> Axes:
-        x, y = left + head * (side + between), bottom + (rows - 1 - row) * (side + gap)
+    def panel(head: int, column: int) -> Axes:
+        x, y = left + column * (side + between), foot + (heads - 1 - head) * (side + gap)
         ax = figure.add_axes((x / width, y / height, side / width, side / height))
-        ax.set_xticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if row == rows - 1 else [])
-        ax.set_yticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if head == 0 else [])
-        ax.tick_params(labelsize=7, length=2)
+        is_last = head == heads - 1
+        ax.set_xticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if is_last else [])
+        ax.set_yticks([tick / size - 0.5 for tick in ticks], map(name_length, ticks) if column == 0 else [])
+        ax.tick_params(labelsize=_LETTERS, length=3)
+        if labels := ax.get_xticklabels():  # inwards, so that those of neighbours do not run into each other
+            labels[-1].set_horizontalalignment("right")
+            labels[0].set_horizontalalignment("left")
         return ax
 
     for head in range(heads):
-        for row, (w, r) in enumerate(branches):
+        for column, (w, r) in enumerate(branches):
             offset = pattern.offset(r, head, num_heads)
-            ax = panel(row, head)
+            ax = panel(head, column)
             hue = colormaps[_HUES[offset % len(_HUES)]].with_extremes(under="white")
             norm = PowerNorm(power, 1e-12, 1)
-            ax.imshow(grids[head][row].shares, cmap=hue, norm=norm, interpolation="nearest", aspect="auto")
-            ax.set_title(f"{f'head {head}, ' if row == 0 else ''}offset {offset}", fontsize=8, pad=3)
-            if head == 0:
-                ax.set_ylabel(f"w = {name_length(w)}\nr = {r}", fontsize=8)
-        ax = panel(rows - 1, head)
+            ax.imshow(grids[head][column].shares, cmap=hue, norm=norm, interpolation="nearest", aspect="auto")
+            branch = f"w = {name_length(w)}\nr = {r}\n" if head == 0 else ""
+            ax.set_title(f"{branch}offset {offset}", fontsize=_LETTERS, pad=5)
+            if column == 0:
+                ax.set_ylabel(f"head {head}", fontsize=_LETTERS)
+        ax = panel(head, columns - 1)
         total = np.sum([grid.shares for grid in grids[head]], axis=0)
         image = ax.imshow(
             total, cmap="Greys", norm=PowerNorm(power, 0, len(branches)), interpolation="nearest", aspect="auto"
         )
-        if head == 0:
-            ax.set_ylabel("all", fontsize=8)
-    x = (left + heads * side + (heads - 1) * between + 14) / width
-    for place, mappable, said in (
-        (rows - 2, _grey_key(power, 1), "share of pairs"),
-        (rows - 1, image, "times a pair\nis attended to"),
+        ax.set_title("all", fontsize=_LETTERS, pad=5)
+    for bottom, mappable, key in (
+        (126, _grey_key(power, 1), "share of pairs"),
+        (34, image, "times a pair is attended to"),
     ):
-        y = bottom + (rows - 1 - place) * (side + gap)
-        bar = figure.colorbar(mappable, cax=figure.add_axes((x, y / height, 9 / width, side / height)))
-        bar.ax.tick_params(labelsize=7, length=2)
-        bar.ax.set_title(said, fontsize=7, loc="left", pad=4)
-    each = "a square is one query and one key" if size == 1 else f"a square is {size:,} × {size:,} tokens"
-    figure.text(
-        0.02,
-        1 - 10 / height,
-        f"{tokens:,} tokens, queries down, keys across\n{each}; hue: offset",
-        fontsize=8,
-        va="top",
-    )
+        place = (left / width, bottom / height, (width - left - 2 * right) / width, 14 / height)
+        bar = figure.colorbar(mappable, cax=figure.add_axes(place), orientation="horizontal")
+        bar.ax.tick_params(labelsize=_LETTERS, length=3)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        bar.ax.set_title(key, fontsize=_LETTERS, loc="left", pad=5)
+    figure.text(15 / width, 1 - 10 / height, said, fontsize=_LETTERS, va="top")
     figure.savefig(path, dpi=_DPI * 2 if path.suffix == ".png" else _DPI)
 
 
@@ -224,7 +227,7 @@ def _grey_key(power: float, most: float) -> ScalarMappable:
 
 
 def _ticks(tokens: int) -> list[int]:
-    step = 2 ** max(0, math.ceil(math.log2(max(1, tokens) / 4)))
+    step = 2 ** max(0, math.floor(math.log2(max(1, tokens) / 2)))
     return list(range(0, tokens + 1, step))
 
 
