@@ -4,9 +4,13 @@ import contextlib
 import sys
 
 import pytest
+import torch
 
 from longnet import DilationPattern
-from longnet.bench import cost_model
+from longnet.attention import halo
+from longnet.attention.backends import cuda, dispatch
+from longnet.attention.backends.triton import launch
+from longnet.bench import cost_model, cost_model_calls
 from longnet.cli.main import main
 
 H100 = cost_model.DEVICES["h100"]
@@ -38,6 +42,70 @@ def test_bytes_of_all_queries_are_those_of_merges_in_float32():
     assert row["bytes"] == 32768 * 32 * 64 * ((8 + 2 + 4) + (2 * 2 / 4 + 2 + 2 + (2 + 4 + 4)) + (4 + 2))
 
 
+def slice_on_meta(backend):
+    """Compute one rank's slice on meta tensors, its own part and its halo, forward and backward."""
+    pattern, tokens, ranks, heads = DilationPattern.paper(), 2**15, 8, 16
+    layout = cost_model_calls.slice_layout(tokens, ranks, 5, pattern, heads)
+    shape = (1, tokens // ranks, heads, 64)
+    q, k, v, dout = (torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "qkvo")
+    rows = torch.empty(2, 1, heads, layout.halo_rows, 64, dtype=torch.bfloat16, device="meta")
+    with cost_model_calls._Launches() as there:
+        out, lse = halo.attend_own(backend, layout.tiles, q, k, v, scale=0.1)
+        out, lse = halo.attend_halo(backend, layout.tiles, q, rows, out, lse, scale=0.1)
+    with cost_model_calls._Launches() as back:
+        dq, _ = halo.differentiate_halo(backend, layout.tiles, dout, q, rows, out, lse, scale=0.1)
+        halo.differentiate_own(backend, layout.tiles, dout, q, k, v, out, lse, dq, scale=0.1)
+    return layout, there.counts, back.counts
+
+
+def test_launches_of_a_slice_are_those_counted(monkeypatch):
+    kernels = dispatch.Kernels(cuda.FlashCUDA(), cuda.FlashCUDA())
+    monkeypatch.setattr(dispatch, "choose", lambda *_: kernels)
+    monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
+    layout, there, back = slice_on_meta("auto")
+    assert layout.tiles.halo
+    tiles = (*layout.tiles.own, *layout.tiles.halo)
+    modelled = [cost_model_calls.slice_launches(tiles, 2**12, 16, way) for way in ("forward", "backward")]
+    assert there.total() == modelled[0], there
+    # Beside them rooms of gradients are set to zero, and the halo's share of dq is added.
+    rest = sum(count for name, count in back.items() if "zero" in name) + 1
+    assert back.total() == modelled[1] + rest, back
+
+
+def test_launches_of_a_slice_on_the_fused_kernel(monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton: pip install 'longnet-torch[triton]'")
+    launched = []
+    monkeypatch.setattr(launch, "refusal", lambda *_: None)
+    monkeypatch.setattr(launch, "_launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    slice_on_meta("triton")
+    assert launched == ["attend"] * 2 + ["backward_queries", "backward_halo", "backward_queries", "backward_keys"]
+    found = cost_model_calls.slice_costs(H100, 2**15, 8, DilationPattern.paper(), num_heads=16)
+    fused = {row["way"]: row["launches"] for row in found if row["path"] == "fused"}
+    assert fused == {"forward": 2 + 1, "backward": 4 + 3}  # and casts
+
+
+def test_a_slice_exchanges_the_rows_of_its_halo():
+    rows = list(cost_model_calls.slice_costs(H100, 2**15, 8, DilationPattern.paper(), num_heads=16))
+    layouts = [cost_model_calls.slice_layout(2**15, 8, rank, DilationPattern.paper(), 16) for rank in range(8)]
+    assert 0 < rows[0]["exchanged"] <= 2 * 2 * 128 * max(sum(layout.sent_counts) for layout in layouts)
+    pairs = sum(layout.tiles.pairs for layout in layouts)
+    whole = DilationPattern.paper().flops(tokens=2**15, num_heads=16, head_dim=128, is_causal=True)
+    assert 4 * 128 * pairs == whole  # ranks share the work of one
+    assert all(0 < row["of_ideal"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize(("queries", "launches"), [("kept", 22), ("all", 62)])
+def test_a_token_is_one_launch_fused_and_many_on_tiles(queries, launches):
+    pattern = DilationPattern((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12), queries=queries)
+    tiles, fused = cost_model_calls.token_costs(H100, 2**15, pattern, num_heads=32)
+    assert (tiles["launches"], fused["launches"]) == (launches, 1)
+    before, now = (
+        pattern.flops(tokens=tokens, num_heads=32, head_dim=128, is_causal=True) for tokens in (2**15 - 1, 2**15)
+    )
+    assert tiles["flops"] == fused["flops"] == now - before
+    assert all(0 < row["of_ideal"] <= 1 for row in (tiles, fused))
+
+
 def test_no_path_is_better_than_ideal_and_waste_is_no_gain():
     for row in rows().values():
         assert 0 < row["of_ideal"] <= 1
@@ -51,7 +119,7 @@ def test_the_command_prints_a_row_for_each_path(capsys, monkeypatch):
         main()
     said = capsys.readouterr().out
     assert "not measured" in said
-    assert said.count("fused") == said.count("tiles") == 16
+    assert said.count("fused") == said.count("tiles") == 23
 
 
 def test_a_device_that_is_not_known_is_one_line(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from longnet.attention.backends import dispatch
 from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.backends.triton import launch
 from longnet.attention.halo import attend_both, lay_out
-from longnet.attention.merge import merge_, merge_sinks_
+from longnet.attention.merge import merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.plan import Run, kept_tiles
 from longnet.attention.tiles import empty_like, empty_lse, rows_dense
@@ -287,6 +287,7 @@ class StreamState:
         out_row, out_head, _, _ = out.stride()
         lse_row, lse_head, _ = lse.stride()
         row, head, place, _ = self.keys.stride()
+        merge = dispatch.merge_on(q.device)
         for branch, (length, rate) in enumerate(self.pattern.branches):
             inside = position % length
             phase, last = inside % rate, self._edges[branch] + inside // rate
@@ -323,7 +324,7 @@ class StreamState:
                     so_far[0].copy_(tile_out)
                     so_far[1].copy_(tile_lse)
                 else:
-                    merge_(*so_far, tile_out, tile_lse)
+                    merge(*so_far, tile_out, tile_lse)
 
     def _heads_that_see(self, branch: int, phase: int, first: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (first head, heads, their distance, an offset of theirs) of those that attend from a position's phase.

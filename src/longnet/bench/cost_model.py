@@ -30,6 +30,7 @@ class Device:
         fused_share: of that, what a Triton kernel of the FlashAttention kind reaches.
         bytes_per_second: that a streaming kernel reaches.
         launch_seconds: host time of a launch, Python included.
+        link_bytes_per_second: that a rank sends and receives at a time, within a node.
         diagonal: rows and keys of the blocks that kernels compute whole on the diagonal.
     """
 
@@ -37,12 +38,13 @@ class Device:
     fused_share: float
     bytes_per_second: float
     launch_seconds: float
+    link_bytes_per_second: float
     diagonal: int = 128
 
 
 DEVICES = {
-    "h100": Device((600e12, 480e12), 0.65, 2.8e12, 8e-6),
-    "a100": Device((190e12, 160e12), 0.9, 1.7e12, 8e-6),
+    "h100": Device((600e12, 480e12), 0.65, 2.8e12, 8e-6, 4e11),
+    "a100": Device((190e12, 160e12), 0.9, 1.7e12, 8e-6, 2.5e11),
 }
 
 

@@ -84,7 +84,7 @@ def _print_model(name: str) -> None:
     from rich.table import Table
 
     from longnet.attention.pattern import DilationPattern
-    from longnet.bench import cost_model
+    from longnet.bench import cost_model, cost_model_calls
 
     if name not in cost_model.DEVICES:
         raise ValueError(f"--model must be one of {', '.join(cost_model.DEVICES)}, got {name!r}")
@@ -92,18 +92,28 @@ def _print_model(name: str) -> None:
         "tokens", "D", "way", "path", "TFLOP", "GB", "launches", "ms", "dense ms", "FLOPs less", "faster", "of ideal",
         title=f"model of {name}, not measured: the paper's pattern, causal, bfloat16, 2,048 channels", box=box.SIMPLE,
     )  # fmt: skip
-    for head_dim in (64, 128):
-        for tokens in (2**13, 2**15, 2**17, 2**20):
-            for row in cost_model.costs(
-                cost_model.DEVICES[name], tokens, DilationPattern.paper(), num_heads=2048 // head_dim, head_dim=head_dim
-            ):
-                table.add_row(
-                    f"{tokens:,}", str(head_dim), row["way"], row["path"], f"{1e-12 * row['flops']:.3g}",
-                    f"{1e-9 * row['bytes']:.3g}", str(row["launches"]), f"{1e3 * row['model_s']:.3g}",
-                    f"{1e3 * row['dense_model_s']:.3g}", f"{row['flop_ratio']:.2f}×", f"{row['model_speedup']:.2f}×",
-                    f"{row['of_ideal']:.0%}",
-                )  # fmt: skip
-    Console(width=130).print(table)
+    device, pattern, ranks = cost_model.DEVICES[name], DilationPattern.paper(), 8
+    rows = [
+        row
+        for head_dim in (64, 128)
+        for tokens in (2**13, 2**15, 2**17, 2**20)
+        for row in cost_model.costs(device, tokens, pattern, num_heads=2048 // head_dim, head_dim=head_dim)
+    ]
+    for tokens in (2**15, 2**17):
+        rows += (
+            {**row, "way": f"{row['way']}, 1 of {ranks} ranks"}
+            for row in cost_model_calls.slice_costs(device, tokens, ranks, pattern, num_heads=16)
+        )
+    for tokens in (2**15, 2**20, 2**30):
+        rows += cost_model_calls.token_costs(device, tokens, pattern, num_heads=16)
+    for row in rows:
+        table.add_row(
+            f"{row['tokens']:,}", str(row["head_dim"]), row["way"], row["path"], f"{1e-12 * row['flops']:.3g}",
+            f"{1e-9 * row['bytes']:.3g}", str(row["launches"]), f"{1e3 * row['model_s']:.3g}",
+            f"{1e3 * row['dense_model_s']:.3g}", f"{row['flop_ratio']:,.2f}×", f"{row['model_speedup']:,.2f}×",
+            f"{row['of_ideal']:.0%}",
+        )  # fmt: skip
+    Console(width=160).print(table)
 
 
 @app.command(name="decode")
