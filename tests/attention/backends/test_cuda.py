@@ -330,6 +330,28 @@ def test_parts_are_put_together_in_one_launch_and_one_pass(combined, monkeypatch
         assert bytes_ == pytest.approx(modelled, rel=0.001)
 
 
+@pytest.mark.parametrize("found", [0.0, 1e-3, RuntimeError("no compiler")], ids=["agrees", "differs", "fails"])
+def test_putting_parts_together_has_to_prove_itself(found, monkeypatch, caplog):
+    def disagreement(_):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(launch, "is_installed", lambda: True)
+    monkeypatch.setattr(tiles, "_disagreement", disagreement)
+    assert tiles._combines_on.__wrapped__(torch.device("cuda")) is (found == 0.0)
+    assert caplog.text.count("they are merged one by one on cuda") == (found != 0.0)
+
+
+def test_under_capture_parts_are_merged_one_by_one(combined, monkeypatch):
+    """A graph outlives the addresses of a call's parts."""
+    q = torch.randn(1, 2, 32, 16)
+    assert tiles.combines(q)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not tiles.combines(q)
+
+
 def test_launches_of_packed_documents(monkeypatch):
     """A tile is of one length: 32 documents of their own lengths are 20 times the launches; fused, they are one."""
     use(monkeypatch, cuda.FlashCUDA())
