@@ -432,7 +432,7 @@ def test_no_space_left(corpus, monkeypatch, capsys):
         (["hf:owner/name"], "hf:owner/name needs the package datasets: pip install 'longnet-torch[data]'"),
         (["repo", "-o", "full"], "full is not empty and holds no prepared data: give another folder"),
         (["repo", "-o", "full", "--overwrite"], "full is not empty and holds no prepared data"),
-        (["repo", "-o", "broken.jsonl"], "Not a directory: 'broken.jsonl"),
+        (["repo", "-o", "broken.jsonl"], "cannot be written: "),
         (["repo", "--train-bpe", "100"], "a vocabulary needs at least 257 tokens"),
         (["repo", "--train-bpe", "300", "--tokenizer", "x.json"], "leave --tokenizer x.json away"),
         (["repo", "--tokenizer", "x.json"], "no tokenizer 'x.json': give bytes"),

@@ -14,7 +14,7 @@ from longnet.training.config import Recipe
 
 # What stands for what an option takes; the values that it does not.
 INTEGER = ["x", "1.5", "", "1e3", "٣", "0x10", "1,2", "--"]
-COUNT = [*INTEGER, "0", "-3"]
+COUNT = [*INTEGER, "0", "-3", str(2**63)]
 NUMBER = ["x", "", "1,5", "--"]
 CHOICE = ["nope", "", "KEEP ", "--"]
 PATH = ["", "  "]
@@ -61,6 +61,15 @@ PREPARE = [
     ("prepare", "text.txt", "-o", "out", "--overwirte"),
     ("prepare", "text.txt", "-o", "out", "--no-overwrite"),
     ("prepare", "text.txt", "-o"),
+    ("prepare", "text.txt", "-o", "out", "--train-bpe", "16M"),
+    ("prepare", "hf:", "-o", "out"),
+    ("prepare", "hf:/", "-o", "out"),
+    ("prepare", "hf::train", "-o", "out"),
+    ("prepare", "cr.fa", "-o", "out"),
+    ("prepare", "utf16.txt", "-o", "out"),
+    ("prepare", "other", "-o", "loop"),
+    ("prepare", "other", "-o", "dangling"),
+    ("prepare", "loop", "-o", "out"),
     *options(
         ("prepare", "text.txt", "-o", "out"),
         train_bpe=COUNT, shard_tokens=COUNT, workers=COUNT,
@@ -100,7 +109,8 @@ EVALUATE = [
         ("evaluate", "run", "data"),
         contexts=["512 64", "x", "1.5", "0", "-8", "8M", "1e3", "64;128"],
         distances=["x", "1.5", "512 64", "--"], tokens=COUNT, trials=COUNT, batch_tokens=COUNT,
-        attention=["nope", "", "sparse_fixed"], device=["tpu", "", "cuda", "cpu:x"], output=PATH, report=PATH,
+        attention=["nope", "", "sparse_fixed"], device=["tpu", "", "cuda", "cpu:x"],
+        output=[*PATH, "text.txt", "loop", "text.txt/x"], report=[*PATH, "empty", "text.txt/x"],
     ),
 ]  # fmt: skip
 
@@ -122,7 +132,7 @@ GENERATE = [
     *options(
         ("generate", "run", "--prompt", "a"),
         tokens=COUNT, top_k=COUNT, seed=[*INTEGER, "-1", str(2**64), str(2**63)],
-        temperature=[*NUMBER, "-1", "nan", "inf"], top_p=[*NUMBER, "0", "1.1", "-1", "nan"],
+        temperature=[*NUMBER, "-1", "nan", "inf", "1e-40"], top_p=[*NUMBER, "0", "1.1", "-1", "nan"],
         attention=["nope", "", "sparse_fixed"], device=["tpu", "", "cuda"],
     ),
 ]  # fmt: skip
@@ -237,7 +247,8 @@ def place(tmp_path_factory, run_folder, words):
         "other.jsonl": b'{"body": "a"}\n', "number.jsonl": b'{"text": 3}\n', "nested.jsonl": b'{"a": {"b": "c"}}\n',
         "broken.parquet": b"PAR1 no", "broken.jsonl.gz": b"no gzip", "broken.txt.xz": b"no xz",
         "broken.txt.bz2": b"no bzip2", "broken.txt.zst": b"no zstandard", "broken.json": b'[{"text": "a"}, {',
-        "broken.fa": b"no header\n", "latin1.txt": b"caf\xe9", "broken.toml": b"[train\n", "full/file": b"x",
+        "broken.fa": b"no header\n", "cr.fa": b">a\rACGT\r", "utf16.txt": b"\xff\xfea\0b",
+        "latin1.txt": b"caf\xe9", "broken.toml": b"[train\n", "full/file": b"x",
         "other/index.json": b'{"files": []}', "damagedstate/state.json": b"{", "noconfig/model.safetensors": b"",
         "badconfig/config.json": b"{", "strange/config.json": b'{"model_type": "nobody"}',
     }  # fmt: skip
@@ -245,6 +256,8 @@ def place(tmp_path_factory, run_folder, words):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "empty").mkdir()
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
     os.mkfifo(folder / "pipe")
     shutil.copytree(run_folder, folder / "run")
     shutil.copytree(words, folder / "data")

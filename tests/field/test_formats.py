@@ -10,6 +10,9 @@
 | tried here | `--exclude a/b` that never matches, in silence | it matches; what meets nothing is told |
 | tried here | `prepare ""`, an unset variable: the current directory | one line, status 2 |
 | tried here | FASTA on one line | a document a record, in pieces |
+| tried here | FASTA whose lines end by CR: all of it a header, "1 empty" | one line |
+| tried here | UTF-16 that is none further on: U+FFFD, uncounted | damage, as in a cut `.gz` |
+| tried here | a tokenizer that knows none of the text: data of end tokens, exit 0 | one line |
 | huggingface/tokenizers#497, #1313 | `--train-bpe` on unbroken text: 1 MB has no end | seconds (`test_tokenizer.py`) |
 """
 
@@ -20,8 +23,11 @@ import lzma
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tokenizers import Tokenizer, models
 
 from longnet.data import documents
 from longnet.data.corpus import list_corpus
@@ -119,7 +125,7 @@ def test_fields_within_fields(tmp_path, suffix):
     assert texts(path) == ["flat", "flat"]
     with pytest.raises(ValueError, match=r"the field 'a.b' is not text but dict, which holds c: write a.b.c"):
         read(path, text_field="a.b")
-    with pytest.raises(ValueError, match=r"no field 'x\.y' among a, text"):
+    with pytest.raises(ValueError, match=r"no field 'x\.y' among a.*, text"):
         read(path, text_field="x.y")
 
 
@@ -235,3 +241,45 @@ def test_fasta(tmp_path, monkeypatch):
     path.write_text("no header\nACGT\n")
     with pytest.raises(ValueError, match="is no FASTA: it does not begin with '>'"):
         read(path)
+
+
+def test_fasta_with_a_mark_at_its_begin(tmp_path):
+    path = tmp_path / "x.fa"
+    path.write_bytes(b"\xef\xbb\xbf>one\r\nACGT\r\nAC\r\n")
+    assert texts(path) == ["ACGTAC"]
+
+
+def test_fasta_whose_lines_end_by_cr(tmp_path):
+    path = tmp_path / "x.fa"
+    path.write_bytes(b">one\rACGT\rACGT\r")
+    with pytest.raises(ValueError, match="ends lines by CR alone"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["words \u2603 ".encode("utf-16")[:-1], b"\xff\xfea\0\0\xd8b\0", b"\xff\xfe\0\0abcdefgh"]
+)
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_what_is_not_the_utf_16_that_its_mark_says(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged.*its mark says UTF"):
+        read(tmp_path / name)
+    assert Skipped("damaged") in read(tmp_path / name, skip_damaged=True)
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_text(call, tmp_path, capsys):
+    tokenizer = Tokenizer(models.BPE(vocab={"q": 0}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "x.txt").write_text("some text")
+    out = tmp_path / "out"
+    arguments = ("prepare", tmp_path / "x.txt", "-o", out, "--validation", "0", "--tokenizer")
+    assert call(*arguments, tmp_path / "tokenizer.json") == 2
+    assert "makes no token of any text" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("field", "there"), [("a.c", "a.b"), ("a.b.c", "a.b"), ("b", "a.b")])
+def test_parquet_without_the_field(tmp_path, field, there):
+    pq.write_table(pa.table({"a": pa.array([{"b": "x"}])}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"no field '{field}' among {there}: choose one with --text-field"):
+        read(tmp_path / "x.parquet", text_field=field)

@@ -5,8 +5,14 @@
 | huggingface/evaluate#532 | positions beyond a GPT-2's table: IndexError | one line that names the table |
 | tried here | all of validation is `<unk>`: ZeroDivisionError | one line before the training |
 | tried here | `stream` of one token: IndexError | one line |
+| tried here | an id in a shard that the vocabulary does not have: IndexError | one line that names the shard |
+| tried here | `info` of a configuration nested 100,000 deep: RecursionError | one line |
+| tried here | a LongNet's configuration that says llama: a traceback of huggingface_hub | one line |
 | tried here | more memory than there is: a traceback | one line |
 """
+
+import json
+import shutil
 
 import pytest
 import torch
@@ -88,3 +94,33 @@ def test_two_tokens(call, run_folder, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("a")  # and the end of a document
     assert call("stream", run_folder, tmp_path / "one.txt", "-o", tmp_path / "out") == 0
     assert "loss" in capsys.readouterr().out
+
+
+def test_an_id_that_the_vocabulary_does_not_have(call, run_folder, words, tmp_path, capsys):
+    shutil.copytree(words, tmp_path / "data")
+    shard = tmp_path / "data" / "validation-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-200:] = b"\xff" * 200
+    shard.write_bytes(content)
+    assert call("evaluate", run_folder, tmp_path / "data", "--contexts", "64") == 2
+    said = f"{shard} is damaged: it holds id 65,535 in a vocabulary of 257 tokens"
+    assert said in one_line(capsys)
+
+
+@pytest.mark.parametrize("key", ["tokens", "bytes", "documents"])
+@pytest.mark.parametrize("value", ["x", 1.5, -3, None, True])
+def test_an_index_with_something_else_for_a_number(call, words, tmp_path, capsys, key, value):
+    shutil.copytree(words, tmp_path / "data")
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    index["splits"]["validation"][key] = value
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index))
+    assert call("info", tmp_path / "data") == 2
+    assert "index.json is damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"model_type": "llama", "initializer_range": null}'])
+def test_a_configuration_that_a_library_stumbles_over(call, tmp_path, capsys, content):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    assert call("info", tmp_path / "model") == 2
+    assert f"the model in {tmp_path / 'model'} cannot be loaded" in one_line(capsys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -32,6 +33,30 @@ def check_words(_: App, __: tuple[str, ...], arguments: ArgumentCollection) -> N
                     "a list of integers, like 512,2048,8K" if is_list(argument.hint) else "an integer, like 512 or 8K"
                 )
                 raise ValueError(f"{name} must be {what}, got {token.value}")
+            if kinds == {int} and int(token.value) >= 2**63:
+                raise ValueError(f"{name} must be 0 or more and below 2^63, got {token.value}")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse, before any work, a folder to write that cannot be one.
+
+    Raises:
+        ValueError: it is something else, or lies where nothing can be written.
+    """
+    if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110  # pathlib raises for a link to itself
+        raise ValueError(f"the folder {path} cannot be written: it is a link to nothing; give another name")
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"the folder {path} cannot be written: {there} is there, and no folder; give another name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {path} cannot be written: {there} is not yours to write in; give another one")
+
+
+def check_file(path: Path) -> None:
+    """Refuse, before any work, a file to write that cannot be one; as check_folder."""
+    if path.is_dir():
+        raise ValueError(f"the file {path} cannot be written: it is a folder; give the name of a file")
+    check_folder(path.parent)
 
 
 def at_least_one(**numbers: int) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from longnet.cli.check import check_folder
 from longnet.cli.recipe import PARAMETERS, RecipeFile
 from longnet.comparison.config import ComparisonRecipe
 
@@ -36,6 +37,7 @@ def compare(
     from longnet.comparison.compare import run_comparison
     from longnet.comparison.report import write_report
 
+    check_folder(output)
     outcome = run_comparison(settings, output)
     report = write_report(outcome, output)
     for cell, reason in outcome.failures.items():

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, check_folder
 
 
 def encode(
@@ -66,6 +66,7 @@ def encode(
     from longnet.model.slides import LongNetSlideModel
 
     at_least_one(batch_tiles=batch_tiles, num_heads=num_heads, tile_size=tile_size)
+    check_folder(output)
     place = find_device(device, option="--device")
     paths = find_slides(slides, apart=output)
     loaded = load_gigapath(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, check_file, check_folder
 from longnet.cli.lists import LIST
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ def evaluate(
     from longnet.measurement import find_device, provenance
     from longnet.model.patterns import kind_of
 
+    if output is not None:
+        check_folder(output)
+    if report is not None:
+        check_file(report)
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
     for length in contexts:
         at_least_one(contexts=length)

@@ -158,19 +158,15 @@ def _config(recipe: Recipe) -> tuple[LongNetConfig, str]:
 
 
 def _of_model(path: Path, tokens: int | None) -> tuple[list[tuple[str, str]], PreTrainedConfig, int]:
-    from transformers import AutoConfig
-
     import longnet.model  # noqa: F401  # makes LongNet known to transformers
     from longnet.cli.model import training_length
+    from longnet.model.weights import load_config
     from longnet.training.checkpoint import model_folder
 
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: give a recipe, a run or model folder, or a data folder")
     folder = model_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the configuration in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    config = load_config(folder)
     trained = training_length(folder)
     length = tokens or trained or int(getattr(config, "max_position_embeddings", None) or 2048)
     lines = [("model", f"{folder}, {config.model_type}")]

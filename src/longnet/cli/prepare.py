@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, check_folder
 
 if TYPE_CHECKING:
     from longnet.data.preparation import Prepared
@@ -69,6 +69,7 @@ def prepare(
 
     if not paths:
         raise ValueError("give at least one path to prepare, like: longnet prepare src docs -o DATA")
+    check_folder(output)
     if workers is not None:
         at_least_one(workers=workers)
     options = Options(

@@ -9,6 +9,7 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from longnet.cli.check import check_folder
 from longnet.cli.recipe import PARAMETERS, RecipeFile
 from longnet.comparison.recall import RecallRecipe
 
@@ -35,6 +36,7 @@ def recall(
     from longnet.comparison.recall import run_recall
     from longnet.comparison.recall_report import write_recall_report
 
+    check_folder(output)
     outcome = run_recall(settings, output)
     report = write_recall_report(outcome, output)
     for cell, reason in outcome.failures.items():

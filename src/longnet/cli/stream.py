@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, check_folder
 
 
 def stream(
@@ -71,6 +71,7 @@ def stream(
     from longnet.model.patterns import dilated_by, pattern_of
     from longnet.plots import draw_by_position
 
+    check_folder(output)
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
     place = find_device(device, option="--device")

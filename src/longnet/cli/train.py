@@ -9,6 +9,7 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from longnet.cli.check import check_folder
 from longnet.cli.recipe import PARAMETERS, RecipeFile
 from longnet.training.config import Recipe
 
@@ -35,6 +36,7 @@ def train(
     """
     from longnet.training.loop import train as train_model
 
+    check_folder(output)
     try:
         summary = train_model(settings, output, resume=resume)
     except KeyboardInterrupt:  # the second one

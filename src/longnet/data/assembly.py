@@ -9,7 +9,6 @@ import datetime as dt
 import functools
 import hashlib
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from longnet.data.encoding import Encoded, encode_in_order, make_encoder
 from longnet.data.reading import Batch, iterate_batches
 from longnet.data.shards import SPLITS
 from longnet.data.tokenizer import check_vocabulary, load_tokenizer, token_bytes, train_bpe
-from longnet.data.writer import DataWriter, save_tokenizer, write_json
+from longnet.data.writer import DamagedWorkError, DataWriter, read_state, save_tokenizer, write_state
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -96,6 +95,17 @@ class _State:
     writer: dict[str, Any] | None = None
 
 
+def load_state(work: Path) -> dict[str, Any]:
+    """Return the state of unfinished work; FileNotFoundError where there is none, DamagedWorkError for a wrong one."""
+    try:
+        state = read_state(work / STATE)
+    except ValueError as error:
+        raise DamagedWorkError(str(error)) from error
+    if not isinstance(state.get("identity"), dict):
+        raise DamagedWorkError(f"{work / STATE} is damaged")
+    return state
+
+
 def assemble(
     options: Options,
     corpus: Corpus,
@@ -122,8 +132,11 @@ def assemble(
 class _Assembly:
     def __init__(self, options: Options, corpus: Corpus, work: Path, bar: Progress) -> None:
         self._options, self._corpus, self._work, self._bar = options, corpus, work, bar
-        saved = json.loads((work / STATE).read_bytes())
-        self._state = _State(**{"date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), **saved})
+        saved = load_state(work)
+        try:
+            self._state = _State(**{"date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), **saved})
+        except TypeError as error:
+            raise DamagedWorkError(f"{work / STATE} is not of this version of longnet") from error
 
     def train_tokenizer(self, size: int) -> PreTrainedTokenizerFast:
         """Train a vocabulary on the train split, or load the one that was trained before the stop."""
@@ -220,6 +233,11 @@ class _Assembly:
         if state.lowest is None or state.highest is None:
             left_out = self._corpus.skipped + collections.Counter(state.skipped)
             raise InputError(f"no text in {' '.join(options.sources)}{describe(left_out)}: give other paths")
+        if sum(split.tokens for split in writer.splits.values()) == writer.documents:
+            raise InputError(
+                f"the tokenizer {options.tokenizer} makes no token of any text in {' '.join(options.sources)}: "
+                "give another one"
+            )
         if not options.validation or all(split.tokens for split in writer.splits.values()):
             return False
         if state.lowest[1] == state.highest[1]:
@@ -244,7 +262,7 @@ class _Assembly:
     def _save(self, writer: DataWriter | None = None, seen: Duplicates | None = None) -> None:
         self._state.writer = writer.sync() if writer else None
         self._state.compared = seen.sync() if seen else 0
-        write_json(dataclasses.asdict(self._state), self._work / STATE)
+        write_state(dataclasses.asdict(self._state), self._work / STATE)
 
     def _provenance(self) -> dict[str, Any]:
         state = self._state

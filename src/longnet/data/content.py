@@ -17,6 +17,7 @@ from longnet.data.corpus import SourceFile
 
 EXTRA = "pip install 'longnet-torch[data]'"
 _BLOCK = 2**16
+BOM = codecs.BOM_UTF8  # with which some editors begin a file
 _TESTED_FOR_NUL = 8000  # git's rule for what is binary
 _BINARY = {
     b"PK\x03\x04": "zip archives", b"\x1f\x8b": "gzip files not named .gz", b"BZh": "bzip2 files not named .bz2",
@@ -108,10 +109,13 @@ class _Blocks(io.RawIOBase):
 
 
 def _recoded(stream: io.BufferedReader, coding: str) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder(coding)("replace")
-    while block := stream.read(_BLOCK):
-        yield decoder.decode(block).encode("utf-8", "replace")
-    yield decoder.decode(b"", final=True).encode("utf-8", "replace")
+    decoder = codecs.getincrementaldecoder(coding)()
+    try:
+        while block := stream.read(_BLOCK):
+            yield decoder.decode(block).encode()
+        yield decoder.decode(b"", final=True).encode()
+    except UnicodeError as error:
+        raise EOFError(f"its mark says {coding.upper()}, and it is not: {error}") from error
 
 
 def _zstandard(raw: io.FileIO) -> _Blocks:

@@ -128,6 +128,8 @@ def list_corpus(sources: Sequence[str], *, suffixes: Sequence[str] = (), exclude
     walk = _Walk(tuple(suffixes), tuple(exclude))
     for source in sources:
         if source.startswith(HUB):
+            if not source.removeprefix(HUB).partition(":")[0].strip("/ "):
+                raise ValueError(f"{source} names no data set: write hf:OWNER/NAME[:CONFIG[:SPLIT]]")
             walk.begin(None)
             walk.files.append(SourceFile(source, source, source, 0, 0))
         elif Path(source).exists():

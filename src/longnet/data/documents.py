@@ -106,6 +106,8 @@ def read_text(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
 def pass_damage(file: SourceFile, reading: Reading, where: str, error: BaseException) -> Iterator[Skipped]:
     """Count a file's damage where the user wants that; else raise InputError, or the error itself if it may pass."""
     if not is_damage(error):
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file.path)  # a read that fails does not say of what
         raise error
     if not reading.skip_damaged:
         raise InputError(

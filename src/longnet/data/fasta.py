@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from longnet.data import documents
-from longnet.data.content import READING, InputError, opened
+from longnet.data.content import BOM, READING, InputError, opened
 from longnet.data.corpus import SourceFile
 from longnet.data.documents import Piece, Reading, Skipped, pass_damage
 
@@ -37,6 +37,7 @@ def read_fasta(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
             is_new, is_header = True, False
             while line := content.stream.readline(_LINE):
                 if is_new:
+                    line = line if record else line.removeprefix(BOM)
                     is_header = line.startswith((b">", b";"))  # ";" began comments once
                     if line.startswith(b">"):
                         if record:
@@ -44,6 +45,11 @@ def read_fasta(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
                         record += 1
                 is_new = line.endswith(b"\n")
                 if is_header:
+                    if b"\r" in line.rstrip(b"\r\n"):
+                        raise InputError(
+                            f"{file.path} ends lines by CR alone, as old Macs did, which makes all of it a header: "
+                            "turn them into newlines, like: tr '\\r' '\\n'"
+                        )
                     continue
                 if not record and line.strip():
                     raise InputError(f"{file.path} is no FASTA: it does not begin with '>'; call it .txt if it is text")

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longnet.data.assembly import STATE, Options, assemble
+from longnet.data.assembly import STATE, Options, assemble, load_state
 from longnet.data.content import InputError
 from longnet.data.corpus import list_corpus
 from longnet.data.shards import INDEX, TOKEN_BYTES, TokenData, read_index
 from longnet.data.tokenizer import load_tokenizer
-from longnet.data.writer import UNFINISHED, publish, write_json
+from longnet.data.writer import UNFINISHED, DamagedWorkError, publish, write_state
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,9 +65,19 @@ def _prepare(options: Options, folder: Path, workers: int | None, overwrite: boo
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = folder / UNFINISHED
-    try:
+
+    def go_on() -> None:
         if not (work / INDEX).exists():
             assemble(options, corpus, work, tokenizer, workers=workers, progress=progress)
+
+    try:
+        try:
+            go_on()
+        except DamagedWorkError:
+            if not overwrite:
+                raise
+            _begin(work, identity)
+            go_on()
     except ValueError as error:
         # What is wrong in the input has to be mended there, which makes it another input. All else may pass.
         if isinstance(error, InputError) or not _has_cost(work):
@@ -81,17 +91,17 @@ def _prepare(options: Options, folder: Path, workers: int | None, overwrite: boo
 
 def _has_cost(work: Path) -> bool:
     """Tell whether unfinished work holds a vocabulary or tokens."""
-    state = json.loads((work / STATE).read_bytes())
+    state = load_state(work)
     return bool(state.get("trained") or state.get("writer"))
 
 
 def _begun(work: Path) -> dict[str, Any] | None:
     """Return what unfinished data are made from, {} where their state is damaged, None where there are none."""
     try:
-        return _with_defaults(json.loads((work / STATE).read_bytes())["identity"])
+        return _with_defaults(load_state(work)["identity"])
     except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
+        return {} if any(not path.name.startswith(".") for path in work.glob("*")) else None
+    except (DamagedWorkError, KeyError, TypeError):
         return {}
 
 
@@ -117,20 +127,23 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
         begun = None
     known = finished if finished is not None else begun
     if begun == {} and not overwrite:
-        raise ValueError(
-            f"{work / STATE} is damaged, so that the work begun there cannot go on: begin it anew with --overwrite"
-        )
+        raise DamagedWorkError(f"{work / STATE} is missing or damaged")
     if known is not None and not overwrite:
         raise ValueError(
             f"{folder} was made, or begun, {_difference(known, identity)}: give another folder, or --overwrite"
         )
     if known is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no prepared data: give another folder")
+    _begin(work, identity)
+    return False
+
+
+def _begin(work: Path, identity: dict[str, Any]) -> None:
+    """Leave work at its begin, whatever there was."""
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    write_json({"identity": identity}, work / STATE)
-    return False
+    write_state({"identity": identity}, work / STATE)
 
 
 def _finished(folder: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from longnet.data.content import EXTRA, READING, Content, InputError, opened
+from longnet.data.content import BOM, EXTRA, READING, Content, InputError, opened
 from longnet.data.corpus import HUB, SourceFile
 from longnet.data.documents import Piece, Reading, Skipped, pass_damage, read_text
 
 _SNIFFED = 2**16
-_BOM = b"\xef\xbb\xbf"
 
 
 def read_json_lines(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
@@ -25,7 +24,7 @@ def read_json_lines(file: SourceFile, reading: Reading) -> Iterator[Piece | Skip
                     continue
                 where = f"{file.path}, line {number}"
                 try:
-                    record = _parse(line.removeprefix(_BOM) if number == 1 else line, where)
+                    record = _parse(line.removeprefix(BOM) if number == 1 else line, where)
                 except InputError:
                     if not reading.skip_damaged:
                         raise
@@ -40,7 +39,7 @@ def read_json(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
     """Yield the records of a JSON file: a list of objects, or in truth JSON lines; any other JSON is taken as text."""
     try:
         with opened(file) as content:
-            head = content.stream.peek(_SNIFFED)[:_SNIFFED].removeprefix(_BOM).lstrip()
+            head = content.stream.peek(_SNIFFED)[:_SNIFFED].removeprefix(BOM).lstrip()
             if head[:1] != b"[" or head[1:].lstrip()[:1] != b"{":
                 is_lines = _is_record(head.partition(b"\n")[0], reading.text_field)
                 yield from (read_json_lines if is_lines else read_text)(file, reading)
@@ -52,7 +51,7 @@ def read_json(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
 
 def _list(file: SourceFile, reading: Reading, content: Content) -> Iterator[Piece | Skipped]:
     try:
-        records = _load(content.stream.read().removeprefix(_BOM), str(file.path))
+        records = _load(content.stream.read().removeprefix(BOM), str(file.path))
     except InputError:
         if not reading.skip_damaged:
             raise
@@ -75,8 +74,8 @@ def read_parquet(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped
     field, number = reading.text_field, 0
     try:
         with pq.ParquetFile(file.path) as table:
-            fields = table.schema_arrow.names
-            if field not in fields and field.partition(".")[0] not in fields:
+            fields = [table.schema.column(n).path for n in range(len(table.schema))]  # a.b of a field in another
+            if not any(path == field or path.startswith(f"{field}.") for path in fields):
                 raise InputError(_no_field(str(file.path), field, fields))
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for row in batch.to_pylist():

@@ -80,6 +80,8 @@ class Split:
         (documents + 1,) int64: document i is tokens documents[i] to documents[i + 1], its end token included.
     shards
         The files, in order.
+    vocab_size
+        Ids are below it; None does not ask.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Split:
     bytes: int
     documents: npt.NDArray[np.int64]
     shards: Sequence[Shard]
+    vocab_size: int | None = None
 
     @functools.cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
@@ -95,7 +98,7 @@ class Split:
     def read(self, start: int, stop: int) -> Tokens:
         """Return tokens start to stop of the stream, (stop - start,) int64, across shards.
 
-        Raises IndexError unless 0 ≤ start ≤ stop ≤ tokens.
+        Raises IndexError unless 0 ≤ start ≤ stop ≤ tokens, and ValueError for an id that the vocabulary does not have.
         """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of a split that holds {self.tokens}")
@@ -104,7 +107,13 @@ class Split:
         at = start
         while at < stop:
             first, last = int(self._starts[shard]), min(int(self._starts[shard + 1]), stop)
-            out[at - start : last - start] = self.shards[shard].read(at - first, last - first)
+            tokens = self.shards[shard].read(at - first, last - first)
+            if self.vocab_size is not None and tokens.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{self.shards[shard].path} is damaged: it holds id {tokens.max():,} in a vocabulary of "
+                    f"{self.vocab_size:,} tokens; {_AGAIN}"
+                )
+            out[at - start : last - start] = tokens
             at, shard = last, shard + 1
         return out
 
@@ -147,15 +156,15 @@ class TokenData:
         folder = Path(folder)
         index = read_index(folder)
         try:
-            dtype, vocab_size = np.dtype(index["dtype"]), int(index["vocab_size"])
-            train, validation = (_open_split(folder, name, index["splits"][name], dtype) for name in SPLITS)
+            dtype, vocab_size = np.dtype(index["dtype"]), _count(index, "vocab_size")
+            train, validation = (_open_split(folder, name, index["splits"][name], dtype, vocab_size) for name in SPLITS)
             _check_array(folder / TOKEN_BYTES, np.dtype(np.int32), vocab_size)
             data = cls(
-                folder, vocab_size, int(index["end_of_text"]), index["fingerprint"], train, validation,
+                folder, vocab_size, _count(index, "end_of_text"), index["fingerprint"], train, validation,
                 index["provenance"],
             )  # fmt: skip
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({error!r}): prepare the data again") from error
+            raise ValueError(f"{folder / INDEX} is damaged ({error!r}): {_AGAIN}") from error
         if not (data.tokenizer_folder / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{data.tokenizer_folder / 'tokenizer.json'} is missing: {_AGAIN}")
         return data
@@ -216,11 +225,17 @@ def sha256(path: Path) -> str:
 _AGAIN = "prepare the data again with --overwrite, or copy the folder anew"
 
 
-def _open_split(folder: Path, name: str, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> Split:
-    shards = [Shard.open(folder / shard["file"], int(shard["tokens"]), dtype) for shard in entry["shards"]]
+def _count(entry: Mapping[str, Any], key: str) -> int:
+    if type(entry[key]) is not int or entry[key] < 0:
+        raise TypeError(f"{key} is {entry[key]!r}, where a number of 0 or more is expected")
+    return int(entry[key])
+
+
+def _open_split(folder: Path, name: str, entry: Mapping[str, Any], dtype: np.dtype[Any], vocab_size: int) -> Split:
+    shards = [Shard.open(folder / shard["file"], _count(shard, "tokens"), dtype) for shard in entry["shards"]]
     offsets = folder / entry["offsets"]
-    _check_array(offsets, np.dtype(np.int64), int(entry["documents"]) + 1)
-    split = Split(name, int(entry["tokens"]), int(entry["bytes"]), np.load(offsets), shards)
+    _check_array(offsets, np.dtype(np.int64), _count(entry, "documents") + 1)
+    split = Split(name, _count(entry, "tokens"), _count(entry, "bytes"), np.load(offsets), shards, vocab_size)
     if int(split.documents[-1]) != split.tokens:
         raise ValueError(f"{offsets} ends at token {split.documents[-1]:,}, the index says {split.tokens:,}: {_AGAIN}")
     if sum(shard.tokens for shard in shards) != split.tokens:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+LARGEST_VOCABULARY = 2**24  # for which the trainer sets memory aside at once
 LONGEST_WORD = 256  # characters, to which words are cut for a vocabulary trained here: its time grows with their square
 # cl100k_base's, whose words suit prose and code: line ends and indentation are not cut to single characters.
 _WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -90,11 +91,13 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def check_vocabulary(size: int) -> None:
-    """Raise ValueError for a vocabulary that is too small for every text."""
+    """Raise ValueError for a vocabulary that is too small for every text, or larger than any memory."""
     if size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"a vocabulary needs at least {SMALLEST_VOCABULARY} tokens, the 256 bytes and {END_OF_TEXT}, got {size}"
         )
+    if size > LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary has at most {LARGEST_VOCABULARY:,} tokens, got {size}")
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

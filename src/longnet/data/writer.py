@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 
-from longnet.data.content import InputError
 from longnet.data.shards import (
     FORMAT,
     INDEX,
@@ -39,7 +38,15 @@ if TYPE_CHECKING:
 
 UNFINISHED = ".unfinished"
 _OURS = (*(f"{split}-[0-9]*.npy" for split in SPLITS), f"{TOKENIZER}/**/*")
+_DIGEST = "digest"
 _HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length: numpy leaves room for it to grow
+
+
+class DamagedWorkError(ValueError):
+    """What lies in a folder is not what its state says, so that the work cannot go on; what is left of it stays."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}, so that the work begun there cannot go on: begin it anew with --overwrite")
 
 
 class GrowingArray:
@@ -52,10 +59,8 @@ class GrowingArray:
         self.path, self.dtype, self.length = path, dtype, length
         path.parent.mkdir(parents=True, exist_ok=True)
         size = _HEADER_BYTES + length * dtype.itemsize
-        if length and (not path.exists() or path.stat().st_size < size):
-            raise InputError(
-                f"{path} is shorter than when it was last synced: run the command again, which starts anew"
-            )
+        if length and (not path.is_file() or path.stat().st_size < size):
+            raise DamagedWorkError(f"{path} is shorter than when it was last synced")
         self._file: BinaryIO = io.FileIO(path, "r+" if path.exists() else "x+")
         self._file.truncate(size)
         self._file.seek(size)
@@ -107,8 +112,16 @@ class SplitWriter:
         self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
         self.tokens, self.bytes = int(state["tokens"]), int(state["bytes"])
         self._shards: list[dict[str, Any]] = list(state["shards"])
-        self._shard = self._grow(self._shard_name, dtype, int(state["open_tokens"]))
-        self._offsets = self._grow(self._offsets_name, np.dtype(np.int64), int(state["offsets"]))
+        for shard in self._shards:
+            try:
+                Shard.open(folder / shard["file"], shard["tokens"], dtype)
+            except (ValueError, FileNotFoundError) as error:
+                raise DamagedWorkError(f"{folder / shard['file']} is missing or damaged") from error
+        with ExitStack() as stack:
+            self._shard = self._grow(self._shard_name, dtype, int(state["open_tokens"]))
+            stack.callback(self._shard.close)
+            self._offsets = self._grow(self._offsets_name, np.dtype(np.int64), int(state["offsets"]))
+            stack.pop_all()
         if not self._offsets.length:
             self._offsets.append(np.zeros(1, dtype=np.int64))
 
@@ -198,9 +211,14 @@ class DataWriter:
     ) -> None:
         self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
         self.dtype = token_dtype(len(token_bytes))
-        self.splits = {
-            name: SplitWriter(folder, name, self.dtype, shard_tokens, state[name] if state else None) for name in SPLITS
-        }
+        self._goes_on = state is not None
+        self.splits: dict[str, SplitWriter] = {}
+        with ExitStack() as stack:
+            for name in SPLITS:
+                of_split = state[name] if state else None
+                self.splits[name] = SplitWriter(folder, name, self.dtype, shard_tokens, of_split)
+                stack.callback(self.splits[name].close)
+            stack.pop_all()
 
     def sync(self) -> dict[str, Any]:
         """Wait until the disk holds everything, and return the state from which a writer can go on."""
@@ -238,7 +256,10 @@ class DataWriter:
         for name, entry in entries.items():
             digest.update(f"{name} {entry['tokens']} {self.dtype.name}".encode())
             for shard in entry["shards"]:
-                tokens = Shard.open(self.folder / shard["file"], shard["tokens"], self.dtype)
+                path = self.folder / shard["file"]
+                if self._goes_on and sha256(path) != shard["sha256"]:
+                    raise DamagedWorkError(f"{path} is damaged")
+                tokens = Shard.open(path, shard["tokens"], self.dtype)
                 for start in range(0, tokens.tokens, 2**20):
                     digest.update(tokens.read(start, min(start + 2**20, tokens.tokens)).data)
         return digest.hexdigest()
@@ -330,6 +351,26 @@ def write_json(value: object, path: Path) -> None:
     """Write indented JSON through `write_whole`."""
     with write_whole(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write what work goes on from, with a digest by which `read_state` knows it."""
+    write_json({**state, _DIGEST: _digest(state)}, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what `write_state` wrote; raise FileNotFoundError where there is none, ValueError where it is damaged."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    if not isinstance(state, dict) or state.pop(_DIGEST, None) not in (None, _digest(state)):
+        raise ValueError(f"{path} is damaged")
+    return state
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _sync_name(path: Path) -> None:

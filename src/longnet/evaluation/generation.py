@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from longnet.evaluation.scoring import refuse_more_positions
 
+_COLDEST = 1e-6  # below, the likeliest token is drawn in any case, until logits divided by it overflow
 _PREFILL = 8192  # tokens of the prompt that go forward at a time, so that memory does not grow with the prompt
 
 
@@ -36,8 +37,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {self.temperature}")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (the likeliest token), or {_COLDEST} or more, got {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 <= self.seed < 2**63:

@@ -6,9 +6,7 @@ It measures a model on data, as its neighbours here do; the state that makes it 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import re
 import resource
 import time
@@ -26,10 +24,13 @@ from longnet.data.corpus import list_corpus
 from longnet.data.documents import PLAIN, Reading
 from longnet.data.encoding import make_encoder
 from longnet.data.reading import Cursor, TokenStream
+from longnet.data.shards import sha256
 from longnet.data.tokenizer import load_tokenizer
+from longnet.data.writer import read_state, write_state
 from longnet.evaluation.scoring import refuse_more_positions
 from longnet.model import DilatedCache
 from longnet.model.versions import CACHE
+from longnet.tensors import first_line
 
 _BLOCK_LOGITS = 2**19  # held at a time: 2 MiB in float32, which stay in cache
 PEAK_AT = 2**24  # tokens after which the peak memory is noted, to be compared with that at the end
@@ -249,12 +250,7 @@ def _save(
     file = state.with_name(f"cache-{sums.tokens}.safetensors")
     cache.save(file)
     about = {"key": key, "sums": asdict(sums), "cursor": asdict(cursor), "pending": pending, "cache": file.name}
-    partial = state.with_suffix(".partial")
-    with partial.open("w") as opened:
-        json.dump(about, opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(state)
+    write_state({**about, "sha256": sha256(file)}, state)
     for other in state.parent.glob("cache-*.safetensors*"):
         if other != file:
             other.unlink()
@@ -262,15 +258,20 @@ def _save(
 
 def _load(state: Path, key: dict[str, Any], model: Any) -> tuple[Sums, Cursor, int | None, DilatedCache]:
     try:
-        about = json.loads(state.read_text())
+        about = read_state(state)
         changed = [name for name, value in key.items() if about["key"].get(name) != value]
+        file = state.with_name(about["cache"])
+        if not file.is_file() or about.get("sha256") not in (None, sha256(file)):
+            raise ValueError(f"{file} is missing or damaged")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{state} is damaged ({error}): begin anew with another folder, or remove it") from error
+        raise ValueError(
+            f"{state} cannot be gone on from ({first_line(error)}): begin anew with another folder, or remove it"
+        ) from error
     if changed:
         raise ValueError(
             f"{state} is of another {' and '.join(changed)}: give them as before, files unchanged, or another folder"
         )
-    cache = DilatedCache.load(state.with_name(about["cache"]), model.config, device=next(model.parameters()).device)
+    cache = DilatedCache.load(file, model.config, device=next(model.parameters()).device)
     return Sums(**about["sums"]), Cursor(**about["cursor"]), about["pending"], cache
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -110,6 +111,9 @@ def _loading(folder: str | Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({first_line(error)}): copy them anew") from error
+    except StrictDataclassError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"the model in {folder} cannot be loaded: config.json: {first_line(cause)}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
     finally:
