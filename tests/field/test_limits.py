@@ -9,6 +9,7 @@
 | tried here | `info` of a configuration nested 100,000 deep: RecursionError | one line |
 | tried here | a LongNet's configuration that says llama: a traceback of huggingface_hub | one line |
 | tried here | more memory than there is: a traceback | one line |
+| tried here | generate() of a prompt of 4.8 MB: 10.6 GB, in one piece | in parts of 8,192: tests/model/test_cache.py |
 """
 
 import json
