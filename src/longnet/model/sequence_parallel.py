@@ -130,9 +130,12 @@ def next_labels(labels: Tensor, group: dist.ProcessGroup, slices: Slices) -> Ten
     first = torch.full((labels.shape[0],), -100, dtype=labels.dtype, device=labels.device)
     if labels.shape[1]:
         first.copy_(labels[:, 0])
-    firsts = collectives.all_gather_tensor(first, 0, group)
+    # A sum, since the functional all-gather has another name from one torch to the next.
+    firsts = first.new_zeros(len(slices.edges) - 1, len(first))
+    firsts[slices.rank] = first
+    firsts = collectives.all_reduce(firsts, "sum", group)
     # The last rank reads none of it, and nothing else would wait for it there.
-    firsts = collectives.wait_tensor(firsts).view(-1, len(first))  # type: ignore[no-untyped-call]
+    firsts = collectives.wait_tensor(firsts)  # type: ignore[no-untyped-call]
     later = slices.edges.diff()[slices.rank + 1 :].nonzero().flatten().tolist()  # slices that hold tokens
     last = firsts[slices.rank + 1 + later[0]] if later else torch.full_like(first, -100)
     return torch.cat([labels[:, 1:], last[:, None]], 1)[:, : labels.shape[1]]
