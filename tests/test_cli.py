@@ -62,6 +62,7 @@ def test_show_knows_what_has_no_reach(monkeypatch, capsys):
         (["show", "2048", "-n", "8"], "cannot read the pattern '2048': write segment:rate pairs"),
         (["show", "8:1"], "show needs --tokens; for example: longnet show paper -n 32768"),
         (["show", "8:1", "-n", "0"], "--tokens must be at least 1, got 0"),
+        (["show", f"{2**63}:1", "-n", "64"], "segment_lengths must be below 2^63"),
         (["show", "8:1", "-n", "x"], "-n must be an integer, like 512 or 8K, got x"),
         (["show", "8:1", "-n", "8", "-o", "x.doc"], "the suffix must be one of"),
         (["show", "8:1", "-n", "8", "-o", "/nonexistent/x.png"], "No such file or directory"),

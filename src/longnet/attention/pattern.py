@@ -84,6 +84,8 @@ class DilationPattern:
                     raise TypeError(f"{name} must hold ints, got {value!r} in {values!r}")
                 if value < 1:
                     raise ValueError(f"{name} must be at least 1, got {value} in {values!r}")
+                if value >= 2**63:
+                    raise ValueError(f"{name} must be below 2^63, as PyTorch's integers are, got {value}")
             object.__setattr__(self, name, tuple(values))
         if not self.segment_lengths:
             raise ValueError("a pattern needs at least one branch, got none: segment_lengths=(2048,), say")
