@@ -1,4 +1,4 @@
-"""What smollm2.py and smollm2_ruler.py have measured so far, as rows and a page in results/smollm2:
+"""What smollm2.py, smollm2_masks.py and smollm2_ruler.py have measured so far, as rows and a page in results/smollm2:
 
 python benchmarks/smollm2_report.py runs/smollm2
 """
@@ -112,6 +112,23 @@ def ruler_table(rows: list[Row]) -> str:
     return table(["task", "tokens", *columns], lines)
 
 
+def masks_table(rows: list[Row]) -> str:
+    """Return each mask's distance from dense attention and from the window, files paired, and what it costs."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in rows:
+        losses.setdefault(row["system"], {})[row["file"]] = row["loss"]
+    shares = {row["system"]: row["flops"] for row in rows}
+    lines = []
+    for system, files in losses.items():
+        cells = []
+        for base in ("dense", "window"):
+            pairs = [(files[name], other) for name, other in losses[base].items() if name in files]
+            change = mean_difference(np.array([own - other for own, other in pairs]))
+            cells.append("–" if system == base else f"{change.mean:+.3f} ± {change.standard_error:.3f}")
+        lines.append([system, f"{shares[system]:.3f}", len(files), *cells])
+    return table(["system", "attention FLOPs", "files", "from dense", "from the window"], lines)
+
+
 def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
     """Return the report."""
     parts = ["# SmolLM2-135M-Instruct, dilated and healed\n", *headline(rows["loss"])]
@@ -138,6 +155,11 @@ def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
             [[row["system"], f"{row['cache_bytes'] / 2**20:.1f}", f"{row['speed_over_dense']:.2f}",
               f"{row['prefill_speed_over_dense']:.2f}"] for row in rows["decode"]],
         )]  # fmt: skip
+    if rows["masks"]:
+        parts += ["## What does the harm\n\nNats a token at positions 2,048 to 4,095 of held-out files, as converted, "
+                  "patterns of half the length, under dense masks (smollm2_masks.py). First token: the text's first "
+                  "key is seen by all queries in all heads. Last 512: a window that slides. Far: `4096:8;all`.\n",
+                  masks_table(rows["masks"])]  # fmt: skip
     if rows["ruler"]:
         parts += ["## RULER\n", ruler_table(rows["ruler"])]
     return "\n".join(parts)
@@ -148,7 +170,7 @@ def report(work: Path) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     files = {name: work / f"heal-{name}.pt" for name in PATTERNS}
     steps = {name: torch.load(file, weights_only=True)["steps"] for name, file in files.items() if file.exists()}
-    rows = {name: rows_of(work / f"{name}.jsonl") for name in ("loss", "decode", "ruler")}
+    rows = {name: rows_of(work / f"{name}.jsonl") for name in ("loss", "decode", "masks", "ruler")}
     (RESULTS / "heal.json").write_text(json.dumps(steps, indent=1) + "\n")
     for name, kept in ((name, kept) for name, kept in rows.items() if kept):
         (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
