@@ -6,6 +6,8 @@
 """
 
 import dataclasses
+import itertools
+import re
 from typing import get_type_hints
 
 import pytest
@@ -61,7 +63,6 @@ PREPARE = [
     ("prepare", "text.txt", "-o", "out", "--overwirte"),
     ("prepare", "text.txt", "-o", "out", "--no-overwrite"),
     ("prepare", "text.txt", "-o"),
-    ("prepare", "text.txt", "-o", "out", "--train-bpe", "16M"),
     ("prepare", "hf:", "-o", "out"),
     ("prepare", "hf:/", "-o", "out"),
     ("prepare", "hf::train", "-o", "out"),
@@ -229,7 +230,32 @@ TOML = {
     "a date": "[train]\nsteps = 2026-01-01\n",
 }  # fmt: skip
 
-CASES = [*PREPARE, *EVALUATE, *GENERATE, *STREAM, *INFO, *TRAIN]
+OTHERS = [
+    ("compare",), ("compare", "good.toml"), ("compare", "none.toml", "-o", "out"),
+    ("compare", "broken.toml", "-o", "out"),
+    ("compare", "good.toml", "-o", "text.txt"), ("compare", "recall-tiny", "-o", "out"),
+    *options(
+        ("compare", "good.toml", "-o", "out"),
+        **{"compare.attentions": ["nope", "8:0", "8:1;any"], "compare.lengths": ["x", "0"], "compare.contexts": ["0"]},
+    ),
+    ("recall",), ("recall", "recall-tiny"), ("recall", "none.toml", "-o", "out"), ("recall", "good.toml", "-o", "out"),
+    ("recall", "broken.toml", "-o", "out"), ("recall", "recall-tiny", "-o", "text.txt"),
+    *options(("recall", "recall-tiny", "-o", "out"), **{"task.tokens": ["x", "0", "-1"], "task.pairs": ["x", "0"]}),
+    ("encode",), ("encode", "none", "text.txt", "-o", "out"), ("encode", "empty", "text.txt", "-o", "out"),
+    ("encode", "model", "text.txt", "-o", "out"), ("encode", "text.txt", "text.txt", "-o", "out"),
+    ("convert",), ("convert", "text.txt"), ("convert", "none.pt", "out"), ("convert", "text.txt", "out"),
+    ("convert", "empty.txt", "out"), ("convert", "empty", "out"), ("convert", "text.txt", ""), ("convert", "", "out"),
+    *options(("convert", "text.txt", "out"), kind=["nope", ""]),
+    ("show",), ("show", "paper"), ("show", "", "-n", "8"), ("show", "nope", "-n", "8"), ("show", "8", "-n", "8"),
+    ("show", "8:1,8:1", "-n", "8"), ("show", "8:0", "-n", "8"), ("show", "8:1;any", "-n", "8"),
+    ("show", "-8:1", "-n", "8"),
+    ("show", f"{2**63}:1", "-n", "8"), ("show", "8:1", "-n", "8", "-o", "text.txt/x.png"),
+    *options(("show", "8:1", "-n", "8"), heads=COUNT, tokens=COUNT),
+    ("bench", "nope"), *options(("bench", "attention"), lengths=["x", "0"], repeats=COUNT, model=["nope"]),
+    ("nope",), ("trian", "good.toml"), ("--verbose",), ("--versoin",), ("",),
+]  # fmt: skip
+
+CASES = [*PREPARE, *EVALUATE, *GENERATE, *STREAM, *INFO, *TRAIN, *OTHERS]
 
 
 @pytest.fixture(scope="session")
@@ -299,7 +325,11 @@ def refused(call, capfd, folder, arguments):
 @pytest.mark.parametrize("arguments", CASES, ids=lambda words: " ".join(words).encode("ascii", "replace").decode())
 def test_a_bad_command_line(call, place, monkeypatch, capfd, arguments):
     monkeypatch.chdir(place)
-    refused(call, capfd, place, arguments)
+    told = refused(call, capfd, place, arguments).lower().replace("-", "_")
+    for option, value in itertools.pairwise(arguments[-2:]):
+        if option.startswith("--"):
+            named = [option[2:], option.rsplit(".")[-1], *re.findall(r"[\w.]+", value)]
+            assert any(each.lower().replace("-", "_") in told for each in named), told
 
 
 @pytest.mark.parametrize("name", TOML)

@@ -47,11 +47,11 @@ def bench_attention(
         _print_model(model)
         return
     place = find_device(device, option="--device")
-    output = _folder(output, quick=quick)  # a wrong folder shows before the measurements, not after
     settings = attention.QUICK if quick else attention.Settings()
     if repeats is not None:
         at_least_one(repeats=repeats)
         settings = dataclasses.replace(settings, repeats=repeats)
+    output = _folder(output, quick=quick)  # a wrong folder shows before the measurements, not after
     console = Console()
     rows = []
     try:

@@ -49,6 +49,7 @@ def show(
 
     at_least_one(tokens=tokens, heads=heads, head_dim=head_dim)
     dilation = DilationPattern.paper() if pattern == "paper" else DilationPattern.parse(pattern)
+    drawn = _draw(dilation, output, open_browser=open_browser, tokens=tokens, heads=heads, causal=causal)
     flops = dilation.flops(tokens=tokens, num_heads=heads, head_dim=head_dim, is_causal=causal)
     dense = 4 * head_dim * heads * (tokens * (tokens + 1) // 2 if causal else tokens**2)
     rows = dilation.state_rows(tokens=tokens)
@@ -70,19 +71,28 @@ def show(
     console.print(
         f"state  {rows:,} rows per key/value head when streaming, dense {tokens:,}: {tokens / rows:.1f}× less"
     )
+    for line in drawn:
+        console.print(line)
+
+
+def _draw(
+    pattern: DilationPattern, output: Path | None, *, open_browser: bool, tokens: int, heads: int, causal: bool
+) -> list[str]:
+    """Write the page or the picture that is asked for, and return what to say of it."""
     if open_browser or (output is not None and output.suffix == ".html"):
         page = output or Path(tempfile.mkdtemp(prefix="longnet-")) / "pattern.html"
         if page.suffix != ".html":
             raise ValueError(f"--open shows a page, got --output {page}: give a file that ends in .html, or none")
-        page.write_text(explorer_page(dilation, tokens=tokens, heads=heads, causal=causal), encoding="utf-8")
-        console.print(f"page   {page}")
-        if open_browser and not webbrowser.open(page.resolve().as_uri()):
-            console.print("no browser was found: open the page yourself")
-    elif output is not None:
-        from longnet.plots import draw_pattern
+        page.write_text(explorer_page(pattern, tokens=tokens, heads=heads, causal=causal), encoding="utf-8")
+        is_open = open_browser and webbrowser.open(page.resolve().as_uri())
+        lacking = ["no browser was found: open the page yourself"] if open_browser and not is_open else []
+        return [f"page   {page}", *lacking]
+    if output is None:
+        return []
+    from longnet.plots import draw_pattern
 
-        draw_pattern(dilation, output, tokens=tokens, num_heads=heads, is_causal=causal)
-        console.print(f"drawn  {output}")
+    draw_pattern(pattern, output, tokens=tokens, num_heads=heads, is_causal=causal)
+    return [f"drawn  {output}"]
 
 
 def explorer_page(pattern: DilationPattern, *, tokens: int, heads: int, causal: bool) -> str:
