@@ -2,13 +2,22 @@
 
 import json
 import os
+import threading
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from longnet.training import checkpoint as module
-from longnet.training.checkpoint import find_fault, lock_run, model_folder, newest_whole, save_checkpoint
+from longnet.training.checkpoint import (
+    Saving,
+    find_fault,
+    lock_run,
+    model_folder,
+    newest_whole,
+    save_checkpoint,
+)
 
 
 def write(content):
@@ -186,3 +195,23 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with lock_run(tmp_path / "RUN"):
         pass
+
+
+def test_a_checkpoint_is_waited_for_with_its_thread(tmp_path):
+    """One that frees its copies of the weights while Python shuts down aborts the process: status -6, not 143."""
+
+    class Copies:
+        def __del__(self):
+            time.sleep(0.2)
+
+    def save_with(copies):
+        def save():
+            time.sleep(0.2)
+            return tmp_path if copies else None
+
+        return save
+
+    saving = Saving()
+    saving.start(save_with(Copies()))
+    assert saving.wait() == tmp_path
+    assert not [thread for thread in threading.enumerate() if thread.name == "saving"]

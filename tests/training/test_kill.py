@@ -112,8 +112,8 @@ def test_the_command_stops_on_a_signal_and_resumes(processes, recipe, whole, tmp
     while process.poll() is None and not any(run.glob("checkpoints/step-*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped by SIGTERM after step " in printed
     stopped_at = int(printed.rpartition("after step ")[2].partition(",")[0])
     assert 3 <= stopped_at < STEPS

@@ -124,6 +124,7 @@ class Saving:
 
     def __init__(self) -> None:
         self._future: Future[Path] | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -142,10 +143,16 @@ class Saving:
             except Exception as error:  # noqa: BLE001  # `wait` raises it
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="saving", daemon=True).start()
+        self._thread = threading.Thread(target=run, name="saving", daemon=True)
+        self._thread.start()
 
     def wait(self) -> Path | None:
-        """Return the checkpoint begun last, once it is written, None where there is none; raise what was raised."""
+        """Return the checkpoint begun last, once it is written, None where there is none; raise what was raised.
+
+        The thread has then ended: one that still frees its copies of the weights when Python shuts down aborts it.
+        """
+        if self._thread is not None:
+            self._thread.join()
         return self._future.result() if self._future is not None else None
 
 
