@@ -68,6 +68,8 @@ PREPARE = [
     ("prepare", "hf::train", "-o", "out"),
     ("prepare", "cr.fa", "-o", "out"),
     ("prepare", "utf16.txt", "-o", "out"),
+    ("prepare", "empty.txt", "text.txt", "-o", "unfinished"),
+    ("prepare", "empty.txt", "text.txt", "-o", "unfinished", "--overwrite"),
     ("prepare", "other", "-o", "loop"),
     ("prepare", "other", "-o", "dangling"),
     ("prepare", "loop", "-o", "out"),
@@ -274,7 +276,7 @@ def place(tmp_path_factory, run_folder, words):
         "broken.parquet": b"PAR1 no", "broken.jsonl.gz": b"no gzip", "broken.txt.xz": b"no xz",
         "broken.txt.bz2": b"no bzip2", "broken.txt.zst": b"no zstandard", "broken.json": b'[{"text": "a"}, {',
         "broken.fa": b"no header\n", "cr.fa": b">a\rACGT\r", "utf16.txt": b"\xff\xfea\0b",
-        "latin1.txt": b"caf\xe9", "broken.toml": b"[train\n", "full/file": b"x",
+        "latin1.txt": b"caf\xe9", "broken.toml": b"[train\n", "full/file": b"x", "unfinished/.unfinished": b"x",
         "other/index.json": b'{"files": []}', "damagedstate/state.json": b"{", "noconfig/model.safetensors": b"",
         "badconfig/config.json": b"{", "strange/config.json": b'{"model_type": "nobody"}',
     }  # fmt: skip

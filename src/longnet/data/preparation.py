@@ -115,6 +115,8 @@ def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool) -> bool:
     """Return whether the folder is finished already, or make it ready to be written; raise where it must not be."""
     work = folder / UNFINISHED
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"{work} is a file where unfinished data would lie: move it away, or give another folder")
     begun = _begun(work)
     finished = _finished(folder, identity, overwrite)
     if finished == identity:
