@@ -4,11 +4,14 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from longnet import DilationPattern, dilated_attention
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,14 +19,15 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    yield importlib.import_module("smollm2"), importlib.import_module("smollm2_report")
-    for name in ("smollm2", "smollm2_report"):
+    names = ("smollm2", "smollm2_report", "smollm2_masks")
+    yield [importlib.import_module(name) for name in names]
+    for name in names:
         del sys.modules[name]
 
 
 def test_a_healing_that_was_stopped_goes_on_to_the_same_weights(scripts, tmp_path):
     """Its systems begin with the same adapters, and learn in turn from the same sequences."""
-    smollm2, _ = scripts
+    smollm2, *_ = scripts
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -50,7 +54,7 @@ def test_a_healing_that_was_stopped_goes_on_to_the_same_weights(scripts, tmp_pat
 
 
 def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scripts, tmp_path):
-    smollm2, _ = scripts
+    smollm2, *_ = scripts
     assert 0.08 < np.mean([smollm2.is_held_out(f"{number}.py") for number in range(2000)]) < 0.12
     file = tmp_path / "rows.jsonl"
     assert smollm2.rows_of(file) == []
@@ -61,7 +65,7 @@ def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scrip
 
 
 def test_the_report_pairs_files_and_counts_flops(scripts):
-    smollm2, report = scripts
+    smollm2, report, _ = scripts
     shares = [report.share_of_dense(pattern, 8192) for pattern in smollm2.PATTERNS.values()]
     assert shares == pytest.approx([1, 0.235, 0.25, 0.25], abs=1e-3)
     rows = [
@@ -93,4 +97,24 @@ def test_the_report_pairs_files_and_counts_flops(scripts):
         "- `all` at positions 0-9: +0.600 nats from dense attention as converted, +0.300 when both have healed on 1 "
         "tokens. Of its contexts 256 is best: 2.600, 9.000 with 8192."
     )
-    assert "sdpa" in report.page(steps, {"loss": healed, "decode": [], "ruler": asked})
+    assert "sdpa" in report.page(steps, {"loss": healed, "decode": [], "masks": [], "ruler": asked})
+    masks = [
+        {"system": system, "file": file, "flops": 0.25, "loss": loss}
+        for system, file, loss in (("dense", "a", 1.0), ("dense", "b", 3.0), ("window", "a", 1.5), ("window", "b", 3.7))
+    ]
+    assert "| window | 0.250 | 2 | +0.600 ± 0.100 | – |" in report.masks_table(masks)
+
+
+@pytest.mark.parametrize("system", ["window", "kept", "all"])
+def test_masks_of_systems_that_the_operator_has_are_the_operators(scripts, system):
+    *_, masks = scripts
+    pattern = DilationPattern.parse(masks.OPERATORS[system])
+    query = torch.randn(1, 6, masks.TOKENS, 8)
+    key, value = torch.randn(2, 1, masks.KV_HEADS, masks.TOKENS, 8)
+    layer = SimpleNamespace(config=SimpleNamespace(masks=system), layer_idx=3)
+    found, _ = masks.attend(layer, query, key, value, None)
+    expected = dilated_attention(query, key, value, pattern.shifted(3 * masks.KV_HEADS), is_causal=True)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-4, rtol=1e-4)
+    counted = pattern.flops(tokens=masks.TOKENS, num_heads=6, head_dim=8, is_causal=True, num_kv_heads=3)
+    dense = DilationPattern((masks.TOKENS,), (1,)).flops(tokens=masks.TOKENS, num_heads=6, head_dim=8, is_causal=True)
+    assert masks.share_of_dense(system) == pytest.approx(counted / dense, rel=2e-3)  # of a layer, and of all of them
