@@ -33,7 +33,9 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except _OF_DAMAGE as error:
-        raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+        raise ValueError(
+            f"{path} is damaged, or another kind of file ({first_line(error)}): copy or make it anew"
+        ) from None
 
 
 def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
@@ -56,7 +58,7 @@ def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
             if found is None and isinstance(error, RuntimeError):
                 raise
     if found is None:
-        raise ValueError(f"{path} is damaged, or not a file of torch.save")
+        raise ValueError(f"{path} is damaged, or not a file of torch.save: copy or make it anew")
     raise ValueError(
         f"{path} holds more than tensors ({found[1] or found[2]}), which is not read, since it can run code: save a "
         "dictionary of tensors"

@@ -56,7 +56,10 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} holds no Hugging Face tokenizer: {_first_line(error)}") from error
+        raise ValueError(
+            f"{path} holds no Hugging Face tokenizer ({_first_line(error).rstrip(': ')}): give a folder with "
+            "tokenizer.json in it, which a tokenizer's save_pretrained writes"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{path} holds a {type(tokenizer).__name__} without a tokenizer.json: save it as a fast one")
     return _with_end(tokenizer)
