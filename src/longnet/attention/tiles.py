@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import subprocess
 from collections.abc import Iterable
 
 import torch
@@ -21,7 +19,6 @@ from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Tile, Whole, plan, runs_of
 from longnet.attention.views import Block, blocks
 
-_log = logging.getLogger(__name__)
 _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
 
 
@@ -185,18 +182,8 @@ def _aligned(part: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _combines_on(device: torch.device) -> bool:
     """Say whether `launch.combine` runs on a device, and agrees there with the tiles put together one by one."""
-    if device.type != "cuda" or not launch.is_installed():
-        return False
-    try:
-        error = _disagreement(device)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as raised:  # no compiler, or one that fails
-        reason = f"could not run: {raised}"
-    else:
-        if error <= 1e-5:
-            return True
-        reason = f"was off by {error:.1e}"
-    _log.warning("putting tiles together in one launch %s; they are merged one by one on %s", reason, device)
-    return False
+    doing, otherwise = "putting tiles together in one launch", "they are merged one by one"
+    return dispatch.proves_itself(device, _disagreement, doing=doing, otherwise=otherwise)
 
 
 def _disagreement(device: torch.device) -> float:

@@ -165,18 +165,33 @@ def merge_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor],
 
     The launch has to prove itself, once a process and device: it is compiled there, and compared with `merge_`.
     """
+    doing, otherwise = "merging in one launch", "plain PyTorch merges"
+    return launch.merge_ if proves_itself(device, _disagreement, doing=doing, otherwise=otherwise) else merge_
+
+
+def proves_itself(
+    device: torch.device, disagreement: Callable[[torch.device], float], *, doing: str, otherwise: str
+) -> bool:
+    """Say whether a launch of Triton's runs on a device, and agrees there with what it stands for; warn where not.
+
+    Args:
+        device: only on CUDA there is such a launch.
+        disagreement: compiles and runs it there, and returns by how much numbers of order 1 differ.
+        doing: what the launch does, for the warning.
+        otherwise: what is done in its place.
+    """
     if device.type != "cuda" or not launch.is_installed():
-        return merge_
+        return False
     try:
-        error = _disagreement(device)
+        error = disagreement(device)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as raised:  # no compiler, or one that fails
         reason = f"could not run: {raised}"
     else:
         if error <= 1e-5:
-            return launch.merge_
+            return True
         reason = f"was off by {error:.1e}"
-    _log.warning("merging in one launch %s; plain PyTorch merges on %s", reason, device)
-    return merge_
+    _log.warning("%s %s; %s on %s", doing, reason, otherwise, device)
+    return False
 
 
 def _disagreement(device: torch.device) -> float:
