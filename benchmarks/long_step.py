@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import longnet  # noqa: F401  Auto classes know LongNet
 from longnet.data.shards import Split, TokenData
-from longnet.measurement import peak_bytes, provenance
+from longnet.measurement import peak_bytes, provenance, take_device
 from longnet.training.chunk_schedule import chunk_costs
 from longnet.training.chunked import ChunkedStep
 from longnet.training.optim import OptimConfig, gradient_norm, make_optimizer, update
 
+CPU = take_device("cpu")
 CONTEXT = 65536
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of the one step, each from the same start
 SAVE_SECONDS = 60.0
@@ -48,8 +49,7 @@ def learn(model, split: Split, arguments: argparse.Namespace) -> dict[str, float
     folder, told = arguments.output / "step", arguments.output / "spent.json"
     nothing = dict.fromkeys(("user_s", "system_s", "wall_s", "peak_bytes", "log_bytes", "processes"), 0)
     spent = json.loads(told.read_text()) if told.exists() else nothing
-    cpu = torch.device("cpu")
-    peak_bytes(cpu, reset=True)
+    peak_bytes(CPU, reset=True)
     first = saved = time.perf_counter()
     usage = resource.getrusage(resource.RUSAGE_SELF)
 
@@ -60,7 +60,7 @@ def learn(model, split: Split, arguments: argparse.Namespace) -> dict[str, float
             "user_s": spent["user_s"] + now.ru_utime - usage.ru_utime,
             "system_s": spent["system_s"] + now.ru_stime - usage.ru_stime,
             "wall_s": spent["wall_s"] + time.perf_counter() - first,
-            "peak_bytes": max(spent["peak_bytes"], peak_bytes(cpu)),
+            "peak_bytes": max(spent["peak_bytes"], peak_bytes(CPU)),
             "log_bytes": max(spent["log_bytes"], log),
             "processes": spent["processes"] + 1,
         }
@@ -112,7 +112,7 @@ def main() -> None:
         "case": "one exact step", "tokens": arguments.tokens, "chunk_tokens": arguments.chunk_tokens,
         "gradient_norm": float(norm), **made, "user_us_a_token": 1e6 * made["user_s"] / arguments.tokens,
         "log_bytes_estimated": costs.log, "held_out_tokens": arguments.held_out, "held_out_before": before,
-        "held_out_after": after, **provenance(torch.device("cpu")),
+        "held_out_after": after, **provenance(CPU),
     }  # fmt: skip
     (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

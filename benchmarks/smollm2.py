@@ -29,10 +29,11 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 import longnet
 from longnet import DilatedCache, DilationPattern
 from longnet.evaluation.scoring import Scorer
-from longnet.measurement import interleaved, provenance, ratio, seconds
+from longnet.measurement import interleaved, provenance, ratio, seconds, take_device
 from longnet.model.loss import next_token_loss
 from longnet.model.versions import CACHE
 
+CPU = take_device("cpu")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PATTERNS = {
     "dense": None,
@@ -66,7 +67,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 def add_row(file: Path, row: dict[str, Any]) -> None:
     """Append a row with its provenance, print it, and drop what was cut off before it."""
-    done = [json.dumps(each) + "\n" for each in [*rows_of(file), {**row, **provenance(torch.device("cpu"))}]]
+    done = [json.dumps(each) + "\n" for each in [*rows_of(file), {**row, **provenance(CPU)}]]
     part = file.with_suffix(".part")
     part.write_text("".join(done))
     part.replace(file)
@@ -220,9 +221,9 @@ def measure_decoding(work: Path) -> None:
     (_, window), *_ = json.loads((work / "held.json").read_text()).items()
     ids, steps = torch.tensor(window[:LONGEST])[None], DECODED * (ROUNDS + 1)
     readers = [_Reader(load(work, system, torch.float32), system != "dense") for system in PATTERNS]
-    prefill = [seconds(lambda each=each: each.read(ids[:, :-steps]), torch.device("cpu")) for each in readers]
+    prefill = [seconds(lambda each=each: each.read(ids[:, :-steps]), CPU) for each in readers]
     decoders = [lambda each=each: each.write(ids) for each in readers]
-    times = interleaved(decoders, ROUNDS, torch.device("cpu"))
+    times = interleaved(decoders, ROUNDS, CPU)
     off = [each.difference(ids) for each in readers]
     if max(off) > GATE:
         sys.exit(

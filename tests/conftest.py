@@ -17,3 +17,4 @@ def _poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_flush_denormal(False)  # as a command sets it for its process

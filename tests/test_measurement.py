@@ -1,7 +1,11 @@
 import functools
 import mmap
+import os
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 
 from longnet import measurement
@@ -27,3 +31,15 @@ def test_peak_memory_grows_by_what_is_held_and_begins_anew():
     assert 0.9 * 2**28 < measurement.peak_bytes(CPU) - before < 1.2 * 2**28
     held.close()
     assert measurement.peak_bytes(CPU, reset=True) - before < 2**27
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor computes with denormal numbers alone")
+def test_a_process_that_computes_on_a_cpu_loses_no_time_to_denormal_numbers():
+    begin = "import torch; from longnet.measurement import take_device; take_device('cpu')"
+    product = "torch.full((2**20,), 1e-30).mul(torch.full((2**20,), 1e-10)).count_nonzero().item()"
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{begin}; print({product})"],
+        env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(shown.stdout) == 0  # in each of its threads
+    assert torch.full((9,), 1e-30).mul(1e-10).count_nonzero() == 9  # what a library's user computes is left alone

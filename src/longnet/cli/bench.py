@@ -40,13 +40,13 @@ def bench_attention(
     from rich.table import Table
 
     from longnet.bench import attention, record
-    from longnet.measurement import find_device
+    from longnet.measurement import take_device
     from longnet.plots import draw_runtime
 
     if model is not None:
         _print_model(model)
         return
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     settings = attention.QUICK if quick else attention.Settings()
     if repeats is not None:
         at_least_one(repeats=repeats)
@@ -139,9 +139,9 @@ def bench_decode(
 
     from longnet.bench import decode, record
     from longnet.bench.attention import GateError
-    from longnet.measurement import find_device
+    from longnet.measurement import take_device
 
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     console = Console()
     table = Table(
         "shape", "tokens", "dense cache", "DilatedCache", "times less", title="bytes, bfloat16", box=box.SIMPLE
@@ -286,9 +286,9 @@ def bench_slides(
         output: Folder for slides.jsonl, to which rows are appended; benchmarks/results if not given.
     """
     from longnet.bench import record, slides
-    from longnet.measurement import find_device
+    from longnet.measurement import take_device
 
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     output = _folder(output, quick=False)
     at_least_one(tiles=min(tiles, default=1))
     try:

@@ -61,13 +61,13 @@ def encode(
 
     from longnet.data.slides import find_slides
     from longnet.evaluation import slides as encoding
-    from longnet.measurement import find_device
+    from longnet.measurement import take_device
     from longnet.model.checkpoints import load_gigapath
     from longnet.model.slides import LongNetSlideModel
 
     at_least_one(batch_tiles=batch_tiles, num_heads=num_heads, tile_size=tile_size)
     check_folder(output)
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     paths = find_slides(slides, apart=output)
     loaded = load_gigapath(
         model, num_heads, segment_lengths or None, dilation_rates or None, max_wsi_size, tile_size, tail

@@ -58,7 +58,7 @@ def evaluate(
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation
     from longnet.evaluation.scoring import refuse_more_positions
-    from longnet.measurement import find_device, provenance
+    from longnet.measurement import provenance, take_device
     from longnet.model.patterns import kind_of
 
     if output is not None:
@@ -70,7 +70,7 @@ def evaluate(
         at_least_one(contexts=length)
     for length in distances:
         at_least_one(distances=length)
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     loaded = load_model(model, place, attention)
     token_data = TokenData.open(data)
     refuse_other_vocabulary(loaded.folder, int(loaded.model.config.vocab_size), data, token_data.vocab_size)

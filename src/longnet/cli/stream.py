@@ -67,14 +67,14 @@ def stream(
     from longnet.data.corpus import describe
     from longnet.data.documents import Reading
     from longnet.evaluation import stream as reading
-    from longnet.measurement import find_device, provenance
+    from longnet.measurement import provenance, take_device
     from longnet.model.patterns import dilated_by, pattern_of
     from longnet.plots import draw_by_position
 
     check_folder(output)
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))
     _hold_memory()
-    place = find_device(device, option="--device")
+    place = take_device(device, option="--device")
     loaded, folder, _, trained = load_model(model, place, dilated_by(backend), getattr(torch, dtype))
     source = reading.open_source(
         files, tokenizer, folder, loaded.config.vocab_size, suffixes=suffixes, exclude=exclude,

@@ -19,7 +19,7 @@ from longnet.comparison.document import write_text
 from longnet.comparison.folder import RESULT, STOPPED, leave_failure
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import ContextResult, evaluate_contexts
-from longnet.measurement import find_device, peak_bytes, provenance
+from longnet.measurement import peak_bytes, provenance, take_device
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.budget import count_parameters, step_flops
 from longnet.model.cost import attention_flops
@@ -113,7 +113,7 @@ def run_cell(recipe: ComparisonRecipe, cell: Cell, folder: Path, progress: bool)
         summary = train(settings, folder / "run", resume=True, progress=progress)
         if summary.stopped_by is not None:
             return STOPPED
-        device = find_device(settings.train.device)
+        device = take_device(settings.train.device)
         measured = _memory(folder, device, start_bytes)
         _finish(recipe, settings, cell, folder, summary.model_folder, summary.seconds, measured, data, device)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -12,7 +12,7 @@ from longnet.comparison.process import Stop
 from longnet.comparison.timing import Timing, load_timing, save_timing
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import unit_starts
-from longnet.measurement import find_device
+from longnet.measurement import take_device
 from longnet.training.checkpoint import lock_run
 from longnet.training.config import Tables
 
@@ -61,7 +61,7 @@ def run_comparison(recipe: ComparisonRecipe, output: Path, *, progress: bool = T
     cells = recipe.all_cells
     data = TokenData.open(recipe.data.path)
     unit_starts(data.validation, recipe.scored_contexts, recipe.evaluate.tokens)  # refuses what could not be scored
-    find_device(recipe.train.device)
+    take_device(recipe.train.device)
     tables = recipe.shared_tables(data)
     with lock_run(output):
         check_plan(output / _PLAN, tables, free=_FREE, data=data.fingerprint)

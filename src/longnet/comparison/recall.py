@@ -19,7 +19,7 @@ from longnet.comparison.folder import RESULT, check_plan, leave_failure, run_onc
 from longnet.comparison.process import Stop
 from longnet.comparison.systems import check_systems, fields_of, name_of, title_of
 from longnet.evaluation.recall import RecallData, RecallModel, RecallResult, RecallTask, evaluate_recall
-from longnet.measurement import provenance
+from longnet.measurement import provenance, take_device
 from longnet.model.budget import count_parameters
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import attention_flops
@@ -221,6 +221,7 @@ def run_recall_cell(recipe: RecallRecipe, cell: RecallCell, folder: Path, progre
 
 
 def _run(recipe: RecallRecipe, cell: RecallCell, folder: Path, *, progress: bool) -> None:
+    device = take_device("cpu")
     torch.manual_seed(cell.seed)
     task, settings = recipe.task, recipe.recall
     model = RecallModel(task, recipe.model_config(cell.system))
@@ -266,7 +267,7 @@ def _run(recipe: RecallRecipe, cell: RecallCell, folder: Path, *, progress: bool
         steps=settings.steps,
         losses=losses,
         results=results,
-        provenance=provenance(torch.device("cpu")),
+        provenance=provenance(device),
     ).save(folder)
     (folder / _STATE).unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.document import write_text
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
-from longnet.measurement import find_device, interleaved, provenance
+from longnet.measurement import interleaved, provenance, take_device
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.versions import checkpoint_layers
 from longnet.training.gradients import accumulate_gradients
@@ -52,7 +52,7 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
     torch.compile, where the recipe asks for it, is left out.
     """
     data = TokenData.open(recipe.data.path)
-    device = find_device(recipe.train.device)
+    device = take_device(recipe.train.device)
     torch.manual_seed(recipe.train.seed)
     model: Any = LongNetForCausalLM(recipe.for_cell(cells[0], data).model_config(data))
     model.to(device).train()
@@ -81,7 +81,7 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
 def save_timing(recipe: ComparisonRecipe, cells: Sequence[Cell], output: Path) -> int:
     """Measure and write OUT/timing.json; return 0."""
     timing = measure_steps(recipe, cells)
-    row = {"cells": timing.cells, "seconds": timing.seconds, **provenance(find_device(recipe.train.device))}
+    row = {"cells": timing.cells, "seconds": timing.seconds, **provenance(take_device(recipe.train.device))}
     write_text(json.dumps(row, indent=1) + "\n", output / TIMING)
     return 0
 

@@ -25,7 +25,7 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
-from longnet.measurement import find_device, peak_bytes
+from longnet.measurement import peak_bytes, take_device
 from longnet.model import LongNetForCausalLM
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import training_flops
@@ -81,7 +81,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         ValueError: a recipe, data or folder that does not do; a loss that stays without a finite value.
         OSError: data are missing, or the disk is full.
     """
-    with open_ranks(recipe.parallel, find_device(recipe.train.device)) as ranks, contextlib.ExitStack() as stack:
+    with open_ranks(recipe.parallel, take_device(recipe.train.device)) as ranks, contextlib.ExitStack() as stack:
         data = TokenData.open(recipe.data.path)
         tables = recipe.resolve(data)
         _refuse_backend(recipe, recipe.model_config(data), ranks.device)
