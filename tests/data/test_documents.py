@@ -69,7 +69,7 @@ def test_plain_text_is_its_bytes(tmp_path):
     path = tmp_path / "x.txt"
     content = bytes(range(1, 256)) + b"\xff\xfe \r\n"
     path.write_bytes(content)
-    assert read(path) == [Piece("x.txt", content, starts=True, ends=True, position=len(content))]
+    assert read(path) == [Piece("x.txt", content, starts=True, ends=True, position=len(content), source=str(path))]
     path.write_bytes(b"")
     assert read(path) == [Skipped("empty")]
     path.write_bytes(b"text" * 1999 + b"\0")

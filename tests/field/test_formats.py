@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from longnet.data import documents
 from longnet.data.corpus import list_corpus
@@ -223,9 +223,16 @@ def test_fasta(tmp_path, monkeypatch):
     path = tmp_path / "x.fa"
     path.write_text(">chr1 a header\nACGTNN\nacgtn\n;comment\n>chr2\n\n>chr3\r\nGGG\r\n")
     assert read(path) == [
-        Piece("x.fa:1", b"ACGTNNacgtn", starts=True, ends=True, position=read(path)[0].position),
+        Piece(
+            "x.fa:1",
+            b"ACGTNNacgtn",
+            starts=True,
+            ends=True,
+            position=read(path)[0].position,
+            source=f"{path}, record 1",
+        ),
         Skipped("empty"),
-        Piece("x.fa:3", b"GGG", starts=True, ends=True, position=path.stat().st_size),
+        Piece("x.fa:3", b"GGG", starts=True, ends=True, position=path.stat().st_size, source=f"{path}, record 3"),
     ]
     assert texts(path, fasta_case="upper") == ["ACGTNNACGTN", "GGG"]
     assert texts(path, fasta_case="lower", fasta_n="drop") == ["acgtacgt", "ggg"]
@@ -269,8 +276,9 @@ def test_what_is_not_the_utf_16_that_its_mark_says(tmp_path, content, name):
 
 def test_a_tokenizer_that_knows_nothing_of_the_text(call, tmp_path, capsys):
     tokenizer = Tokenizer(models.BPE(vocab={"q": 0}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "x.txt").write_text("some text")
+    (tmp_path / "x.txt").write_text(" \n" * 9)
     out = tmp_path / "out"
     arguments = ("prepare", tmp_path / "x.txt", "-o", out, "--validation", "0", "--tokenizer")
     assert call(*arguments, tmp_path / "tokenizer.json") == 2

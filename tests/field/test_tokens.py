@@ -6,6 +6,8 @@
 | tried here | the text of a special token in a file | text, in both |
 | tried here | Chinese on one line, cut between the bytes of a character | no U+FFFD that the file has not |
 | tried here | a file edited to the same size between a stop and `--resume` | one line: of another source |
+| tried here | a BPE without unknown token: Chinese and emoji dropped, status 0 | one line: file and character |
+| tried here | Unigram, WordPiece, WordLevel without one: a traceback | likewise |
 | tried here | `stream` on an empty file, on a FIFO: "there is no file" | one line that says what it is |
 """
 
@@ -18,13 +20,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
 
 from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.data import documents, reading
 from longnet.data.assembly import Options
 from longnet.data.preparation import prepare
 from longnet.data.shards import TokenData
+from longnet.data.tokenizer import wrap
 from longnet.evaluation.stream import Cursor, open_source
+from longnet.training.checkpoint import model_folder
 
 
 def save(folder, tokenizer):
@@ -145,3 +150,96 @@ def test_what_is_no_text_is_named(call, run_folder, tmp_path, capsys):
             error = capsys.readouterr().err
             assert message.format(tmp_path / name) in error
             assert error.count("\n") == 1
+
+
+ASCII = [chr(code) for code in range(32, 127)]
+EVERY_BYTE = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def lossy(kind):
+    """Return a tokenizer of ASCII that has no token for other text, and no unknown one, unless its name says so."""
+    tokens = {token: n for n, token in enumerate([*ASCII, "or", "hello"])}
+    if kind == "Unigram":
+        made = Tokenizer(models.Unigram([(token, -1.0) for token in tokens]))
+    elif kind == "WordPiece":
+        made = Tokenizer(models.WordPiece({**tokens, **{f"##{letter}": 1000 + n for n, letter in enumerate(ASCII)}}))
+    elif kind == "WordLevel":
+        made = Tokenizer(models.WordLevel(tokens, unk_token="[UNK]"))
+    elif kind == "BPE of some bytes":
+        made = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*ASCII, "Ġ"])}, []))
+    elif kind == "BPE with bytes":
+        made = Tokenizer(
+            models.BPE({**tokens, **{b: 999 + n for n, b in enumerate(EVERY_BYTE)}}, [], byte_fallback=True)
+        )
+    elif kind == "BPE with an unknown token":
+        made = Tokenizer(models.BPE({**tokens, "<unk>": 500}, [], unk_token="<unk>"))
+    else:
+        made = Tokenizer(models.BPE(tokens, [("o", "r")]))
+    if kind.startswith("Word"):
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind == "BPE of some bytes":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_tokens(["added"])
+    return made
+
+
+@pytest.mark.parametrize("kind", ["BPE", "BPE of some bytes", "Unigram", "WordPiece", "WordLevel"])
+def test_text_that_a_tokenizer_would_lose(call, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path / "tokenizer", lossy(kind))
+    text = "hello added hello " * 3
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in (text, text + "or 😀 or")))
+    assert call("prepare", "x.jsonl", "-o", "data", "--tokenizer", folder) == 2
+    error = capsys.readouterr().err
+    if kind in ("WordPiece", "WordLevel"):
+        assert "x.jsonl, line 2: at character " in error
+    else:
+        where = (
+            f"x.jsonl, line 2: at character {len(text) + 4} the tokenizer has no token for '😀' (U+1F600), and none for"
+        )
+        assert error.startswith(f"longnet: {where}"), error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+    source = open_source(["x.jsonl"], folder, tmp_path, 2000)
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: at character "):
+        source.read(Cursor(), 10**4)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "BPE of some bytes", "Unigram", "BPE with bytes", "BPE with an unknown token"])
+def test_what_is_watched_keeps_its_ids(tmp_path, kind):
+    plain = lossy(kind)
+    text = "hello added or, " * 20 + ("é" if "with" in kind else "")
+    (tmp_path / "x.txt").write_text(text)
+    tokens, _ = open_source([tmp_path / "x.txt"], save(tmp_path / "t", plain), tmp_path, 2000).read(Cursor(), 10**4)
+    assert tokens[:-1].tolist() == plain.encode(text).ids
+
+
+def test_the_vocabulary_that_fills_its_dtype(tmp_path):
+    vocabulary = {**{letter: n for n, letter in enumerate(ASCII)}, "<|endoftext|>": 2**16 - 1}
+    folder = save(tmp_path / "t", Tokenizer(models.BPE(vocabulary, [])))
+    for name, text in (("x.txt", "hello"), ("y.txt", "hello é")):
+        (tmp_path / name).write_text(text)
+    assert open_source([tmp_path / "x.txt"], folder, tmp_path, 2**16).read(Cursor(), 9)[0].tolist()[-1] == 2**16 - 1
+    with pytest.raises(ValueError, match=r"y\.txt: at character 7 .* 'é' \(U\+00E9\)"):
+        open_source([tmp_path / "y.txt"], folder, tmp_path, 2**16).read(Cursor(), 9)
+
+
+def test_unknown_tokens_are_counted(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path / "tokenizer", lossy("BPE with an unknown token"))
+    (tmp_path / "x.txt").write_text("or é or é or")
+    assert call("prepare", "x.txt", "-o", "data", "--validation", "0", "--tokenizer", folder) == 0
+    assert "unknown      2 of 13 tokens stand for text that the tokenizer has none for" in capsys.readouterr().out
+    assert TokenData.open(tmp_path / "data").train.tokens == 13
+
+
+def test_a_prompt_that_would_be_lost(call, tmp_path, run_folder, monkeypatch, capsys):
+    AutoModelForCausalLM.from_pretrained(model_folder(run_folder)).save_pretrained(tmp_path)
+    wrap(lossy("BPE")).save_pretrained(tmp_path)
+    assert call("generate", tmp_path, "--prompt", "what is 中?", "-n", "1") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(
+        "longnet: the prompt: at character 9 the tokenizer has no token for '中' (U+4E2D), and"
+    )
+    assert not captured.out
+    assert call("generate", tmp_path, "--prompt", "what is", "-n", "1") == 0

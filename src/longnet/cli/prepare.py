@@ -112,6 +112,11 @@ def _report(done: Prepared, folder: Path) -> None:
             f"not UTF-8    {about['not_utf8']:,} documents, the bytes in question replaced by U+FFFD; "
             "--tokenizer bytes keeps them"
         )
+    if about.get("unknown"):
+        console.print(
+            f"unknown      {about['unknown']:,} of {tokens:,} tokens stand for text that the tokenizer has none for, "
+            "which is lost; --tokenizer bytes and --train-bpe keep all"
+        )
     if done.known:
         console.print(f"{folder} had been prepared with these options from these files: nothing to do")
     else:

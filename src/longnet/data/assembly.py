@@ -87,6 +87,7 @@ class _State:
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     duplicates: int = 0
     replaced: int = 0
+    unknown: int = 0
     lowest: list[Any] | None = None  # number and name of the unit whose number is lowest
     highest: list[Any] | None = None
     forced: dict[str, str] = dataclasses.field(default_factory=dict)  # a unit to a split that would else be empty
@@ -196,6 +197,8 @@ class _Assembly:
         return iterate_batches(self._corpus, self._options.reading, self._state.cursor)
 
     def _write(self, batch: Batch, encoded: Encoded, writer: DataWriter, seen: Duplicates | None) -> None:
+        if encoded.lost is not None:
+            raise InputError(encoded.lost)
         state = self._state
         parts: dict[str, list[Any]] = {name: [] for name in SPLITS}
         ends: dict[str, list[int]] = {name: [] for name in SPLITS}
@@ -218,6 +221,7 @@ class _Assembly:
                 split.append(tokens, ends[name], int(writer.token_bytes[tokens].sum(dtype=np.int64)))
         state.cursor, state.position = batch.cursor, batch.position
         state.replaced += encoded.replaced
+        state.unknown += encoded.unknown
         state.skipped = dict(batch.skipped + collections.Counter(state.skipped))
 
     def _split(self, unit: str) -> str:
@@ -277,6 +281,7 @@ class _Assembly:
             "skipped": dict(sorted((self._corpus.skipped + collections.Counter(state.skipped)).items())),
             "duplicates": state.duplicates,
             "not_utf8": state.replaced,
+            "unknown": state.unknown,
             "identity": state.identity,
         }
 

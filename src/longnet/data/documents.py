@@ -41,6 +41,8 @@ class Piece:
         Whether the document starts, and ends, with this piece.
     position
         How far into the file this is, in bytes as they lie on the disk.
+    source
+        The path, and which record of it: what errors name.
     """
 
     unit: str
@@ -48,6 +50,7 @@ class Piece:
     starts: bool
     ends: bool
     position: int
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +96,14 @@ def read_text(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
                 more = content.stream.read(PIECE_BYTES) if len(held) >= PIECE_BYTES else b""
                 cut = _cut(held) if more else len(held)
                 position = content.position if file.compression else position + cut
-                yield Piece(unit, held[:cut], starts, not more, position)
+                yield Piece(unit, held[:cut], starts, not more, position, str(file.path))
                 if not more:
                     return
                 held, starts = held[cut:] + more, False
     except READING as error:
         yield from pass_damage(file, reading, "", error)
         if held:
-            yield Piece(unit, held, starts, ends=True, position=file.size)
+            yield Piece(unit, held, starts, ends=True, position=file.size, source=str(file.path))
 
 
 def pass_damage(file: SourceFile, reading: Reading, where: str, error: BaseException) -> Iterator[Skipped]:

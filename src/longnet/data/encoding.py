@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from longnet.data import duplicates
 from longnet.data.documents import Piece
 from longnet.data.shards import token_dtype
 from longnet.data.tokenizer import gives_bytes, vocab_size
+from longnet.data.unknown import complaint, find_lost, unknown_id, watched
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,12 +42,18 @@ class Encoded:
         Pieces that were not UTF-8 where the tokenizer needs it: the bytes in question became U+FFFD.
     compared
         For each whole document its digest and MinHash signature, where they were asked for; None for parts of one.
+    unknown
+        Tokens that stand for text that the tokenizer has none for.
+    lost
+        A complaint about text that it leaves out; the tokens are then not those of the pieces.
     """
 
     tokens: npt.NDArray[Any]
     counts: list[int]
     replaced: int
     compared: list[tuple[bytes, npt.NDArray[np.uint32]] | None]
+    unknown: int = 0
+    lost: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,10 @@ class Encoder:
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         """Encode some pieces."""
         if self.tokenizer is None:
-            rows, replaced = [np.frombuffer(piece.text, dtype=np.uint8) for piece in pieces], 0
+            rows = [np.frombuffer(piece.text, dtype=np.uint8) for piece in pieces]
+            replaced, unknown, lost = 0, 0, None
         else:
-            rows, replaced = self._ids([piece.text for piece in pieces])
+            rows, replaced, unknown, lost = self._ids(pieces)
         end = np.array([] if self.end is None else [self.end], dtype=self.dtype)
         parts = [
             part for row, piece in zip(rows, pieces, strict=True) for part in (row, *([end] if piece.ends else []))
@@ -91,18 +99,30 @@ class Encoder:
                 else None
                 for piece in pieces
             ],
+            unknown,
+            lost,
         )
 
-    def _ids(self, texts: Sequence[bytes]) -> tuple[list[npt.NDArray[Any]], int]:
+    def _ids(self, pieces: Sequence[Piece]) -> tuple[list[npt.NDArray[Any]], int, int, str | None]:
         strings, replaced = [], 0
-        for text in texts:
+        for piece in pieces:
             try:
-                strings.append(text.decode())
+                strings.append(piece.text.decode())
             except UnicodeDecodeError:
-                strings.append(text.decode(errors="replace"))
+                strings.append(piece.text.decode(errors="replace"))
                 replaced += 1
-        encodings = _loaded(self.tokenizer or "").encode_batch_fast(strings, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings], replaced
+        loaded = _loaded(self.tokenizer or "")
+        encodings = loaded.tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        rows = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        if loaded.ids is not None:
+            rows = [loaded.ids[row] for row in rows]
+            for row, string, piece in zip(rows, strings, pieces, strict=True):
+                lost = find_lost(loaded.tokenizer, loaded.ids, string) if (row < 0).any() else None
+                if lost is not None:
+                    part = "" if piece.starts else f" (in the {len(piece.text):,} bytes up to {piece.position:,})"
+                    return [row[:0].astype(self.dtype) for row in rows], 0, 0, complaint(lost, piece.source + part)
+        unknown = 0 if loaded.unknown is None else sum(int((row == loaded.unknown).sum()) for row in rows)
+        return [row.astype(self.dtype) for row in rows], replaced, unknown, None
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerFast, *, end: bool = True, compare: bool = False) -> Encoder:
@@ -116,15 +136,23 @@ def make_encoder(tokenizer: PreTrainedTokenizerFast, *, end: bool = True, compar
     )
 
 
+class _Loaded(NamedTuple):
+    """What encodes, and the tokenizer's ids (`watched`); that of its unknown token."""
+
+    tokenizer: Tokenizer
+    ids: npt.NDArray[np.int64] | None
+    unknown: int | None
+
+
 @functools.lru_cache(maxsize=1)
-def _loaded(saved: str) -> Tokenizer:
+def _loaded(saved: str) -> _Loaded:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(saved)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return _Loaded(*watched(tokenizer), unknown_id(tokenizer))
 
 
 class _Batch(Protocol):

@@ -23,7 +23,7 @@ def read_fasta(file: SourceFile, reading: Reading) -> Iterator[Piece | Skipped]:
         nonlocal starts
         if ends and starts and not held:
             return Skipped("empty")
-        found = Piece(f"{file.name}:{record}", bytes(held), starts, ends, position)
+        found = Piece(f"{file.name}:{record}", bytes(held), starts, ends, position, f"{file.path}, record {record}")
         held.clear()
         starts = ends
         return found

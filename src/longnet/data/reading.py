@@ -95,7 +95,7 @@ class TokenStream:
     def read(self, cursor: Cursor, tokens: int) -> tuple[npt.NDArray[np.int64], Cursor]:
         """Return the next tokens, fewer only at the end, and where to go on.
 
-        Raises InputError where there is not one token in all.
+        Raises InputError where there is not one token in all, and for text that the tokenizer would leave out.
         """
         parts: list[npt.NDArray[Any]] = []
         wanted = tokens
@@ -120,5 +120,8 @@ class TokenStream:
             batch = next(self._batches)
             self.position = batch.position
             self.skipped += batch.skipped
-            self._held = start, self.encoder.encode(batch.pieces).tokens, Cursor(*batch.cursor)
+            encoded = self.encoder.encode(batch.pieces)
+            if encoded.lost is not None:
+                raise InputError(encoded.lost)
+            self._held = start, encoded.tokens, Cursor(*batch.cursor)
         return self._held[1], self._held[2]

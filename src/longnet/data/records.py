@@ -159,7 +159,7 @@ def _piece(record: Mapping[str, Any], field: str, where: str, name: str, positio
         within = f", which holds {', '.join(text)}: write {field}.{next(iter(text))}" if isinstance(text, dict) else ""
         what = f"{type(text).__name__}{within}" if within else f"{type(text).__name__}: choose --text-field"
         raise InputError(f"{where}: the field {field!r} is not text but {what}")
-    return Piece(name, text.encode("utf-8", "surrogatepass"), starts=True, ends=True, position=position)
+    return Piece(name, text.encode("utf-8", "surrogatepass"), True, True, position, where)
 
 
 def _no_field(where: str, field: str, fields: list[str]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from longnet.data.unknown import refuse_lost
 from longnet.evaluation.scoring import refuse_more_positions
 
 _COLDEST = 1e-6  # below, the likeliest token is drawn in any case, until logits divided by it overflow
@@ -67,8 +68,10 @@ def generate_text(
         file: where to write whole characters as soon as they are known, flushed.
 
     Raises:
-        ValueError: an empty prompt, and a tokenizer without end token.
+        ValueError: an empty prompt, and a tokenizer without end token; a prompt that the tokenizer would leave a
+            character out of.
     """
+    refuse_lost(tokenizer, prompt, "the prompt")
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         if tokenizer.eos_token_id is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longnet.data.unknown import refuse_lost
 from longnet.evaluation.perplexity import mean_difference
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def make_prompts(
     Raises:
         ValueError: as `iterate_passkey`.
     """
+    refuse_lost(tokenizer, f"{_SAID}0123456789{_AFTER}{_ASKED}", "the pass keys' sentences")
     random = np.random.default_rng([seed, distance])
     said, after, asked = (_encode(tokenizer, text) for text in (_SAID, _AFTER, _ASKED))
     key_tokens = len(_encode(tokenizer, _draw(random)))

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from longnet.attention.backends import dispatch
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.data.unknown import refuse_lost
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
 from longnet.measurement import peak_bytes, take_device
@@ -93,6 +94,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             )
         if data.validation.tokens or recipe.evaluate.every:
             unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
+        if recipe.sample.every and recipe.sample.prompt:
+            refuse_lost(AutoTokenizer.from_pretrained(data.tokenizer_folder), recipe.sample.prompt, "sample.prompt")
         ranks.on_first(lambda: stack.enter_context(lock_run(output)))
         checkpoint = ranks.on_first(lambda: starting_point(output, data, tables, ranks, resume=resume))
         random.seed(recipe.train.seed)
