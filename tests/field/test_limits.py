@@ -10,9 +10,12 @@
 | tried here | a LongNet's configuration that says llama: a traceback of huggingface_hub | one line |
 | tried here | more memory than there is: a traceback | one line |
 | tried here | generate() of a prompt of 4.8 MB: 10.6 GB, in one piece | in parts of 8,192: tests/model/test_cache.py |
+| tried here | a LongNet beyond max_position_embeddings: a "friendly reminder", or no text by default | neither |
+| tried here | learned positions, xPos of one centre: an error after the text had begun | before it |
 """
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -20,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.cli.model import load_model
 from longnet.data.tokenizer import load_tokenizer
 
@@ -47,6 +51,33 @@ def test_positions_beyond_a_table(call, words, tmp_path, capsys):
     capsys.readouterr()
     assert call("generate", tmp_path / "gpt2", "--prompt", "a" * 60, "-n", "6") == 2
     assert said.format(65) in one_line(capsys)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "none", "sinusoidal", "xpos", "learned"])
+@pytest.mark.parametrize("attention", ["dilated", "sdpa"])
+def test_a_longnet_beyond_max_position_embeddings(call, tmp_path, capsys, monkeypatch, position_embedding, attention):
+    """Nothing limits but a table, and xPos of one centre; transformers' reminder says otherwise."""
+    torch.manual_seed(0)
+    config = LongNetConfig(
+        vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, segment_lengths=(8, 16),
+        dilation_rates=(1, 2), position_embedding=position_embedding, max_position_embeddings=16, xpos_scale_base=4.0,
+    )  # fmt: skip
+    model = LongNetForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "model")
+    reminded, logger = [], logging.getLogger("transformers.generation.stopping_criteria")
+    monkeypatch.setattr(logger, "warning_once", reminded.append, raising=False)
+    call_of = ("generate", tmp_path / "model", "-n", "3", "--attention", attention, "--prompt")
+    limited = position_embedding == "learned" or (position_embedding == "xpos" and attention == "sdpa")
+    assert call(*call_of, "a" * 200) == (2 if limited else 0)
+    if limited:
+        said = {"learned": "LongNetForCausalLM knows 16 positions", "xpos": "xPos with xpos_scale_base=4.0 overflows"}
+        assert said[position_embedding] in one_line(capsys)
+    elif attention == "dilated":
+        model.generation_config.eos_token_id = None
+        with pytest.warns(UserWarning, match="model-agnostic default"):
+            assert model.generate(torch.ones(1, 60, dtype=torch.long)).shape == (1, 80)  # 20 more by default
+    assert not reminded
 
 
 def test_a_validation_split_of_unknown_words(call, tmp_path, capsys):

@@ -37,7 +37,6 @@ def generate(
         attention: Another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
     """
-    from longnet.data.unknown import refuse_lost
     from longnet.evaluation.generation import Sampling, generate_text
 
     if (prompt is None) == (file is None):
@@ -49,9 +48,7 @@ def generate(
     text = prompt if prompt is not None else _read(file)
     loaded = load_model(model, take_device(device, option="--device"), attention)
     tokenizer = load_tokenizer(loaded.folder)
-    refuse_lost(tokenizer, text, "the prompt")  # before it is shown
-    print(text, end="", flush=True)
-    generate_text(loaded.model, tokenizer, text, sampling, file=sys.stdout)
+    generate_text(loaded.model, tokenizer, text, sampling, file=sys.stdout, echo=True)
     print()
 
 

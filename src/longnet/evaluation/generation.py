@@ -57,6 +57,7 @@ def generate_text(
     sampling: Sampling,
     *,
     file: TextIO | None = None,
+    echo: bool = False,
 ) -> str:
     """Continue a prompt; return the new text, which `file` receives while it comes.
 
@@ -66,6 +67,7 @@ def generate_text(
         prompt: text to continue; where it is empty, a document begins.
         sampling: how.
         file: where to write whole characters as soon as they are known, flushed.
+        echo: write the prompt there first, once nothing is wrong with it.
 
     Raises:
         ValueError: an empty prompt, and a tokenizer without end token; a prompt that the tokenizer would leave a
@@ -78,6 +80,9 @@ def generate_text(
             raise ValueError("the prompt is empty, and the tokenizer has no end token to begin with: give a prompt")
         ids = [tokenizer.eos_token_id]  # it ends the document before
     refuse_more_positions(model, len(ids) + sampling.tokens - 1)
+    if echo and file is not None:
+        file.write(prompt)
+        file.flush()
     input_ids = torch.tensor([ids], device=model.device)
     text = StreamedText(tokenizer, file)
     ends = {} if tokenizer.eos_token_id is None else {"eos_token_id": tokenizer.eos_token_id}

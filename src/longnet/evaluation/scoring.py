@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from longnet.model.modeling import LongNetModel
+
 _CHUNK_LOGITS = 2**24  # logits held at a time: 64 MiB in float32
 _TRIED = 64
 _SEEN = 8
@@ -62,7 +64,10 @@ class Scorer:
 
 
 def refuse_more_positions(model: PreTrainedModel, tokens: int) -> None:
-    """Raise ValueError where a model learned a table of positions, and a sequence of so many tokens is beyond it."""
+    """Raise ValueError where so many tokens are beyond a model's table of positions, or beyond a LongNet's xPos."""
+    for module in model.modules():
+        if isinstance(module, LongNetModel):
+            module.refuse_beyond(tokens - 1)
     tables = [
         name
         for name, module in model.named_modules()

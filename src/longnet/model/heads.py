@@ -13,6 +13,7 @@ from transformers import (
     GenerationMixin,
 )
 from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -122,6 +123,30 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """Return transformers' own, without the reminder that a text is beyond max_position_embeddings.
+
+        That limits no LongNet; positions that are limited, learned ones and xPos's of one centre, are refused.
+        """
+        criteria: StoppingCriteriaList = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
+    def _prepare_generated_length(
+        self, generation_config: Any, has_default_max_length: bool, *args: Any, input_ids_length: int, **kwargs: Any
+    ) -> Any:
+        """Return transformers' lengths, by default as many new tokens behind a long prompt as behind a short one."""
+        by_default = generation_config.max_length
+        prepared = super()._prepare_generated_length(
+            generation_config, has_default_max_length, *args, input_ids_length=input_ids_length, **kwargs
+        )
+        is_limited = self.config.position_embedding == "learned"
+        if has_default_max_length and prepared.max_new_tokens is None and not is_limited:
+            prepared.max_length = by_default + input_ids_length
+        return prepared
 
 
 class LongNetForMaskedLM(LongNetPreTrainedModel):

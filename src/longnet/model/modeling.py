@@ -168,6 +168,15 @@ class LongNetModel(LongNetPreTrainedModel):
         kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **kept)
 
+    @property
+    def _period(self) -> int | None:
+        return math.lcm(*self.config.segment_lengths) if kind_of(self.config) == "dilated" else None
+
+    def refuse_beyond(self, highest: int) -> None:
+        """Raise ValueError where xPos cannot serve positions up to `highest`, before they are computed."""
+        if self.rotary is not None:
+            self.rotary.refuse_beyond(highest, dtype=self.dtype, period=self._period)
+
     def _placed(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         config = self.config
         if config.embedding_scale != 1:
@@ -199,8 +208,7 @@ class LongNetModel(LongNetPreTrainedModel):
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        is_dilated = kind_of(self.config) == "dilated"
-        period = math.lcm(*self.config.segment_lengths) if is_dilated else None
+        period = self._period
         if rotary.xpos_scale_base is not None and not torch.compiler.is_compiling() and position_ids.numel():
             rotary.refuse_beyond(int(position_ids.max() if highest is None else highest), dtype=dtype, period=period)
         is_new = (isinstance(past_tokens, int) or not torch.compiler.is_compiling()) and not past_tokens
