@@ -12,12 +12,14 @@ from ranks import run_ranks
 SMALL = distributed.Settings(tokens_per_rank=150, segment_length=32, hidden_size=64, layers=2, repeats=1)
 
 
-def test_the_command(monkeypatch, capsys, tmp_path):
+def test_the_command(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(distributed, "QUICK", SMALL)
     monkeypatch.setattr(sys, "argv", ["longnet", "bench", "distributed", "--quick", "-o", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^0$"):
         main()
-    printed = " ".join(capsys.readouterr().out.split())
+    captured = capfd.readouterr()  # of the ranks' processes, too
+    assert "no head keeps" not in captured.err
+    printed = " ".join(captured.out.split())
     rows = [json.loads(line) for line in (tmp_path / "distributed.jsonl").read_text().splitlines()]
     assert [(row["case"], row["ranks"]) for row in rows] == [
         ("scaling", 2), ("traffic", 2), ("memory", 1), ("memory", 2),

@@ -16,6 +16,7 @@ from transformers import StaticCache
 
 from longnet.attention.pattern import DilationPattern
 from longnet.bench.attention import GateError
+from longnet.bench.model import random_model
 from longnet.measurement import interleaved, ratio
 from longnet.model import DilatedCache, LongNetConfig, LongNetForCausalLM
 from longnet.model.versions import rewind
@@ -82,7 +83,7 @@ def run(settings: Settings, device: torch.device) -> Iterator[Row]:
         num_attention_heads=settings.hidden_size // 64, position_embedding="rope",
         segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
     )  # fmt: skip
-    model = LongNetForCausalLM(config)
+    model = random_model(config)
     model.eval().to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)  # type: ignore[no-untyped-call]
     dense_queries = copy.deepcopy(
         model

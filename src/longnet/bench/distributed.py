@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.sequence_parallel import counted_exchanges
 from longnet.bench.attention import GateError
+from longnet.bench.model import random_model
 from longnet.measurement import peak_bytes, ratio, seconds
 from longnet.model import LongNetConfig, LongNetForCausalLM
 from longnet.model.sequence_parallel import sequence_parallel
@@ -152,7 +153,9 @@ def _model(settings: Settings) -> LongNetForCausalLM:
         num_attention_heads=settings.hidden_size // 64, position_embedding="rope",
         segment_lengths=settings.pattern.segment_lengths, dilation_rates=settings.pattern.dilation_rates,
     )  # fmt: skip
-    return cast("LongNetForCausalLM", LongNetForCausalLM(config).train())
+    model = random_model(config)
+    model.train()
+    return model
 
 
 def _ids(settings: Settings) -> Tensor:

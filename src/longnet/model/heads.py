@@ -129,20 +129,27 @@ class LongNetForCausalLM(LongNetPreTrainedModel, GenerationMixin):
 
         That limits no LongNet; positions that are limited, learned ones and xPos's of one centre, are refused.
         """
-        criteria: StoppingCriteriaList = super()._get_stopping_criteria(*args, **kwargs)
+        criteria: StoppingCriteriaList = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
                 criterion.max_position_embeddings = None
         return criteria
 
     def _prepare_generated_length(
-        self, generation_config: Any, has_default_max_length: bool, *args: Any, input_ids_length: int, **kwargs: Any
+        self,
+        generation_config: Any,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: Any,
     ) -> Any:
         """Return transformers' lengths, by default as many new tokens behind a long prompt as behind a short one."""
         by_default = generation_config.max_length
-        prepared = super()._prepare_generated_length(
-            generation_config, has_default_max_length, *args, input_ids_length=input_ids_length, **kwargs
-        )
+        prepared = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config, has_default_max_length, has_default_min_length, model_input_name, input_ids_length,
+            inputs_tensor,
+        )  # fmt: skip
         is_limited = self.config.position_embedding == "learned"
         if has_default_max_length and prepared.max_new_tokens is None and not is_limited:
             prepared.max_length = by_default + input_ids_length
