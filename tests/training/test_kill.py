@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from longnet.data.shards import TokenData
+from longnet.training.config import to_toml
 from longnet.training.loop import train
 from training.runs import checkpoints, lines, tensors
 
@@ -122,3 +124,44 @@ def test_the_command_stops_on_a_signal_and_resumes(processes, recipe, whole, tmp
     process.join()
     assert process.exitcode == 0
     assert lines(run) == lines(whole)
+
+
+# A checkpoint whose writing takes tensors and frees them, for so long, as that of a large model does.
+SLOWLY = """
+import sys, time, torch
+from pathlib import Path
+from longnet.training import checkpoint, loop
+
+def save(seconds):
+    print("saving", flush=True)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        held = [torch.ones(200_000) for _ in range(8)]
+        del held
+    print("saved", flush=True)
+    return Path("x")
+"""
+
+
+def test_a_process_that_ends_while_it_saves_does_not_abort():
+    """It did, with status -6: the thread outlived Python."""
+    script = SLOWLY + "checkpoint.Saving().start(lambda: save(0.5))\ntime.sleep(0.05)\nraise SystemExit(3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "saving\nsaved\n"), done.stderr
+
+
+def test_a_second_signal_while_saving_ends_the_command_at_once(recipe, tmp_path):
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolve(TokenData.open(recipe.data.path))))
+    script = SLOWLY + ("loop.save_checkpoint = lambda *_, **__: save(60)\nfrom longnet.cli.main import main\nmain()")
+    command = [sys.executable, "-c", script, "train", tmp_path / "recipe.toml", "-o", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) != "saving\n":
+        assert line
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    printed, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "stopped at once" in printed
+    assert "saved" not in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,7 @@ def train(
         resume: Continue from the newest whole checkpoint; begin where there is none.
         settings: The recipe's own settings.
     """
+    from longnet.training.checkpoint import end_at_once
     from longnet.training.loop import train as train_model
 
     check_folder(output)
@@ -41,7 +43,7 @@ def train(
         summary = train_model(settings, output, resume=resume)
     except KeyboardInterrupt:  # the second one
         print(f"stopped at once; {output} continues from its last checkpoint with --resume")
-        sys.exit(130)
+        end_at_once(128 + signal.SIGINT)
     loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
     figures = f"step {summary.step:,}, {summary.tokens:,} tokens, {summary.seconds:,.0f} s, loss {loss}"
     if summary.stopped_by is None:

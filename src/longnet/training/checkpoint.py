@@ -7,19 +7,22 @@ file cut short) the manifest shows.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError
 
@@ -28,6 +31,7 @@ _MANIFEST = "manifest.json"
 STATE = "state.json"  # what tells a checkpoint from other Hugging Face folders
 _DOOMED = ".superseded"  # ends the names of folders that may go at any time; so does _PARTIAL
 _PARTIAL = ".partial"
+_SAVING = "saving"  # the thread's name
 
 
 @dataclass(kw_only=True)
@@ -119,7 +123,8 @@ def save_checkpoint(
 class Saving:
     """Writes checkpoints in a thread, one at a time, while training goes on.
 
-    The thread does not keep the process alive: what it has not finished is no checkpoint.
+    A process that ends while it writes waits for it: a thread that frees tensors while Python shuts down aborts the
+    process. Who wants to end at once uses `end_at_once`: what is not finished is no checkpoint.
     """
 
     def __init__(self) -> None:
@@ -143,8 +148,17 @@ class Saving:
             except Exception as error:  # noqa: BLE001  # `wait` raises it
                 future.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name="saving", daemon=True)
+        self._thread = threading.Thread(target=run, name=_SAVING, daemon=True)
         self._thread.start()
+        atexit.register(self._outlast)
+
+    def _outlast(self) -> None:
+        """Let the thread end before Python shuts down, unless Ctrl-C is pressed once more."""
+        if self._thread is not None:
+            try:
+                self._thread.join()
+            except KeyboardInterrupt:
+                end_at_once(128 + signal.SIGINT)
 
     def wait(self) -> Path | None:
         """Return the checkpoint begun last, once it is written, None where there is none; raise what was raised.
@@ -153,7 +167,17 @@ class Saving:
         """
         if self._thread is not None:
             self._thread.join()
+            atexit.unregister(self._outlast)
         return self._future.result() if self._future is not None else None
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process, though a checkpoint may be half-written, which another thread would not leave alone."""
+    if any(thread.name == _SAVING for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def newest_whole(run: Path) -> Found:
