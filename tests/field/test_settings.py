@@ -8,6 +8,7 @@
 | tried here | `generate --file` turns CRLF into LF | the bytes of the file |
 | tried here | a seed of 2^64; a BOM in a recipe; an empty path | one line, one line or read, one line |
 | tried here | `train exp/recipe.toml -o exp` overwrites the recipe, comments lost | one line, and it stays |
+| tried here | of two options that contradict each other, or need one another, one is ignored | one line, status 2 |
 | tried here | a run folder whose checkpoints were deleted loses its metrics | they are kept beside the new ones |
 """
 
@@ -157,3 +158,37 @@ def test_metrics_of_a_run_without_checkpoints_are_kept(recipe, tmp_path):
         assert (tmp_path / "run" / "metrics-1.jsonl").read_text() == first
     names = sorted(path.name for path in Path(tmp_path / "run").glob("metrics*"))
     assert names == ["metrics-1.jsonl", "metrics-2.jsonl", "metrics.jsonl"]
+
+
+CONTRADICTIONS = [
+    ("prepare x.txt -o out --tokenizer bytes --train-bpe 300", "--tokenizer is contradicted by --train-bpe"),
+    ("evaluate RUN DATA --contexts 64 --distances 64", "--distances goes with --passkey"),
+    ("evaluate RUN DATA --contexts 64 --trials 3", "--trials goes with --passkey"),
+    ("generate RUN --prompt a --temperature 0 --top-k 5", "top_k chooses among tokens, and temperature 0"),
+    ("generate RUN --prompt a --temperature 0 --top-p 0.5", "top_p chooses among tokens, and temperature 0"),
+    ("bench attention --model h100 --quick", "--quick is of measurements"),
+    ("bench attention --model h100 -o out", "--output is of measurements"),
+    ("bench decode --sizes --quick", "--quick is of measurements"),
+    ("info DATA -n 64", "--tokens is of a recipe or a model"),
+    ("info long-step --memory 8", "--memory asks for the longest sequence"),
+    ("encode x.pth x.h5 --segment-lengths 8 --max-wsi-size 512", "--max-wsi-size makes the segment lengths"),
+    ("convert x.txt out --segment-lengths 8 --max-wsi-size 512", "--max-wsi-size makes the segment lengths"),
+    ("convert x.txt out --no-deepnorm", "--deepnorm is of language models"),
+    ("convert x.txt out --sinusoidal", "--sinusoidal is of language models"),
+    ("convert x.txt out --kind longvit --tile-size 256", "--tile-size is of other kinds than LongViT"),
+    ("convert x.txt out --kind lm --classifier-layers 11", "--classifier-layers is of GigaPath's"),
+    ("convert RUN out.pth --num-heads 16", "--num-heads is of torchscale's files"),
+    ("convert RUN out.pth --kind lm", "--kind is of torchscale's files"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), CONTRADICTIONS)
+def test_no_option_wins_silently(call, run_folder, words, tmp_path, monkeypatch, capsys, typed, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("some text")
+    places = {"RUN": run_folder, "DATA": words}
+    assert call(*(places.get(word, word) for word in typed.split())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"longnet: {said}"), error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

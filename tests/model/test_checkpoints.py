@@ -353,6 +353,10 @@ def test_converted_there_and_back_no_bit_changes(tmp_path):
     assert (other.config.tile_size, other.config.segment_lengths) == (512, (8, 16))
     with pytest.raises(ValueError, match="is of 4 heads, got num_heads=8"):
         longnet.load_gigapath(tmp_path / "folder", num_heads=8)
+    with pytest.raises(ValueError, match="is of 4 heads, got num_heads=16"):  # not taken for one that was left out
+        longnet.load_gigapath(tmp_path / "folder", num_heads=16)
+    with pytest.raises(ValueError, match="give it or segment_lengths"):
+        longnet.load_gigapath(tmp_path / "folder", segment_lengths=(8,), max_wsi_size=512)
     assert again.config.segment_lengths == model.config.segment_lengths
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     for kind in _KINDS:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, refuse_unused
 
 app = cyclopts.App(name="bench", help="Measure, each figure behind a check that the result is right.")
 
@@ -44,6 +44,11 @@ def bench_attention(
     from longnet.plots import draw_runtime
 
     if model is not None:
+        device_given = None if device == "auto" else device
+        refuse_unused(
+            "is of measurements, and --model makes none: give one of them",
+            quick=quick, device=device_given, repeats=repeats, output=output,
+        )  # fmt: skip
         _print_model(model)
         return
     place = take_device(device, option="--device")
@@ -141,6 +146,8 @@ def bench_decode(
     from longnet.bench.attention import GateError
     from longnet.measurement import take_device
 
+    if sizes:
+        refuse_unused("is of measurements, and --sizes makes none: give one of them", quick=quick, output=output)
     place = take_device(device, option="--device")
     console = Console()
     table = Table(

@@ -59,6 +59,13 @@ def check_file(path: Path) -> None:
     check_folder(path.parent)
 
 
+def refuse_unused(why: str, **options: object) -> None:
+    """Raise ValueError for the first option, named as its keyword, that was given where it would change nothing."""
+    for name, value in options.items():
+        if not (value is None or value is False or value == ()):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
 def at_least_one(**numbers: int) -> None:
     """Raise ValueError for the first option, named as its keyword, that is below 1."""
     for name, number in numbers.items():

@@ -7,18 +7,20 @@ from typing import Annotated, Literal
 
 import cyclopts
 
+from longnet.cli.check import refuse_unused
+
 
 def convert(
     source: Path,
     target: Path,
     *,
-    kind: Literal["gigapath", "longvit", "lm"] = "gigapath",
-    num_heads: int = 16,
+    kind: Literal["gigapath", "longvit", "lm"] | None = None,
+    num_heads: int | None = None,
     segment_lengths: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
     dilation_rates: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
-    max_wsi_size: int = 262_144,
-    tile_size: int = 256,
-    classifier_layers: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (11,),
+    max_wsi_size: int | None = None,
+    tile_size: int | None = None,
+    classifier_layers: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
     deepnorm: bool | None = None,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
@@ -31,13 +33,15 @@ def convert(
     Args:
         source: A checkpoint of torchscale, or a folder.
         target: A folder that is not there yet, or for a folder a file.
-        kind: What the checkpoint is: GigaPath's slide encoder, LongViT, or a causal language model.
-        num_heads: Query heads; no tensor tells.
+        kind: What the checkpoint is: GigaPath's slide encoder if not given, LongViT, or a causal language model.
+        num_heads: Query heads; no tensor tells. 16 if not given.
         segment_lengths: Of language models, and where they are not the usual ones.
         dilation_rates: Likewise.
-        max_wsi_size: Of GigaPath: side of the largest slide in training, in pixels.
-        tile_size: Of GigaPath: side of a tile, in pixels.
-        classifier_layers: Of fine-tuned GigaPath files: which of the L + 1 embeddings the classifier reads.
+        max_wsi_size: Of GigaPath: side of the largest slide in training, in pixels, which makes the segment
+            lengths; 262144 if not given.
+        tile_size: Of GigaPath: side of a tile, in pixels; 256 if not given.
+        classifier_layers: Of fine-tuned GigaPath files: which of the L + 1 embeddings the classifier reads; 11 if
+            not given.
         deepnorm: Of language models without sub-LayerNorms: DeepNorm's factor (2L)^¼, or 1 with --no-deepnorm; no
             tensor tells.
         scale_embedding: Of language models: embeddings × √C.
@@ -55,7 +59,17 @@ def convert(
         raise FileNotFoundError(f"there is no {source}")
     if target.exists():
         raise FileExistsError(f"{target} is there already: choose another name")
+    of_slides = {"max_wsi_size": max_wsi_size, "tile_size": tile_size, "classifier_layers": classifier_layers}
+    of_lm: dict[str, object] = {
+        "deepnorm": None if deepnorm is None else "said",
+        "scale_embedding": scale_embedding,
+        "sinusoidal": sinusoidal,
+    }
     if source.is_dir():
+        refuse_unused(
+            f"is of torchscale's files, and the folder {source} says it itself: leave it away", kind=kind,
+            num_heads=num_heads, segment_lengths=segment_lengths, dilation_rates=dilation_rates, **of_slides, **of_lm,
+        )  # fmt: skip
         if target.suffix not in (".pth", ".pt", ".safetensors"):
             raise ValueError(f"a folder becomes a .pth, .pt or .safetensors file, got {target}")
         name = (load_config(source).architectures or ["?"])[0]
@@ -70,19 +84,24 @@ def convert(
                 torch.save({"model": weights}, file)
         print(f"{len(weights)} tensors in {target}")
         return
+    if segment_lengths:
+        refuse_unused("makes the segment lengths: give it or --segment-lengths", max_wsi_size=max_wsi_size)
     branches = segment_lengths or None, dilation_rates or None
     model: torch.nn.Module
-    if kind == "gigapath":
+    if kind in (None, "gigapath"):
+        refuse_unused("is of language models: leave it away, or give --kind lm", **of_lm)
         model = longnet.load_gigapath(
-            source, num_heads, *branches, max_wsi_size, tile_size, classifier_layers=classifier_layers
+            source, num_heads, *branches, max_wsi_size, tile_size, classifier_layers=classifier_layers or (11,)
         )
     elif kind == "longvit":
+        refuse_unused("is of other kinds than LongViT: leave it away", **of_slides, **of_lm)
         model = longnet.load_longvit(source, num_heads, *branches)
     else:
+        refuse_unused("is of GigaPath's slide encoder: leave it away", **of_slides)
         if not segment_lengths or not dilation_rates:
             raise ValueError("a language model needs --segment-lengths and --dilation-rates, which no tensor tells")
         model = longnet.load_torchscale_lm(
-            source, num_heads, segment_lengths, dilation_rates,
+            source, num_heads or 16, segment_lengths, dilation_rates,
             deepnorm=deepnorm, scale_embedding=scale_embedding, sinusoidal=sinusoidal,
         )  # fmt: skip
     with write_whole_folder(target) as folder:

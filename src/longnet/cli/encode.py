@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one, check_folder
+from longnet.cli.check import at_least_one, check_folder, refuse_unused
 
 
 def encode(
@@ -19,11 +19,11 @@ def encode(
     tiles: Annotated[bool, cyclopts.Parameter(negative="")] = False,
     heat_map: Annotated[bool, cyclopts.Parameter(negative="")] = False,
     format: Literal["safetensors", "h5"] = "safetensors",  # noqa: A002  # the option's name
-    num_heads: int = 16,
+    num_heads: int | None = None,
     segment_lengths: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
     dilation_rates: Annotated[tuple[int, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
-    max_wsi_size: int = 262_144,
-    tile_size: int = 256,
+    max_wsi_size: int | None = None,
+    tile_size: int | None = None,
     tail: Literal["torchscale", "exact"] | None = None,
     batch_tiles: int = 16_384,
     device: str = "auto",
@@ -45,11 +45,13 @@ def encode(
         tiles: Write every tile in its context, too: `tiles` (N, C).
         heat_map: Draw the attention that each tile receives in the last layer, as a PNG.
         format: Of the results.
-        num_heads: Of slide_encoder.pth, which does not say.
+        num_heads: Of slide_encoder.pth, which does not say; 16 if not given.
         segment_lengths: In tiles; from --max-wsi-size and --tile-size if not given.
         dilation_rates: 1 2 4 8 16 if not given.
-        max_wsi_size: Side of the largest slide in training, in pixels.
-        tile_size: Side of a tile, in pixels of level 0, where a file does not say.
+        max_wsi_size: Side of the largest slide in training, in pixels, which makes the segment lengths; 262144 of
+            slide_encoder.pth if not given.
+        tile_size: Side of a tile, in pixels of level 0, where a file does not say; 256 of slide_encoder.pth if not
+            given.
         tail: "torchscale", as the published weights were trained, or "exact".
         batch_tiles: Tiles of a batch, padding included. Changes memory and speed, not the result.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
@@ -65,7 +67,10 @@ def encode(
     from longnet.model.checkpoints import load_gigapath
     from longnet.model.slides import LongNetSlideModel
 
-    at_least_one(batch_tiles=batch_tiles, num_heads=num_heads, tile_size=tile_size)
+    given = {"num_heads": num_heads, "tile_size": tile_size, "max_wsi_size": max_wsi_size}
+    at_least_one(batch_tiles=batch_tiles, **{name: size for name, size in given.items() if size is not None})
+    if segment_lengths:
+        refuse_unused("makes the segment lengths: give it or --segment-lengths", max_wsi_size=max_wsi_size)
     check_folder(output)
     place = take_device(device, option="--device")
     paths = find_slides(slides, apart=output)

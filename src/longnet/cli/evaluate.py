@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one, check_file, check_folder
+from longnet.cli.check import at_least_one, check_file, check_folder, refuse_unused
 from longnet.cli.lists import LIST
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def evaluate(
     tokens: int = 2**18,
     passkey: bool = False,
     distances: Annotated[tuple[int, ...], LIST] = (),
-    trials: int = 20,
+    trials: int | None = None,
     attention: str | None = None,
     batch_tokens: int = 2**15,
     device: str = "auto",
@@ -42,7 +42,7 @@ def evaluate(
         tokens: Validation tokens that every context scores, at most.
         passkey: Ask, too, for a number told so many tokens before.
         distances: Those distances; doublings from 64 up to the longest context when left out.
-        trials: Prompts of each distance.
+        trials: Prompts of each distance; 20 if not given.
         attention: Evaluate with another attention than the model's: "dilated", "sdpa", "sparse_fixed", ….
         batch_tokens: Tokens in a batch, at most, unless one window has more.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
@@ -65,6 +65,9 @@ def evaluate(
         check_folder(output)
     if report is not None:
         check_file(report)
+    if not passkey:
+        refuse_unused("goes with --passkey: give both", distances=distances, trials=trials)
+    trials = 20 if trials is None else trials
     at_least_one(tokens=tokens, trials=trials, batch_tokens=batch_tokens)
     for length in contexts:
         at_least_one(contexts=length)

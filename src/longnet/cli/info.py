@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
-from longnet.cli.check import at_least_one
+from longnet.cli.check import at_least_one, refuse_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,6 +46,7 @@ def info(
         given = "--memory" if memory is not None else settings[0]
         raise ValueError(f"{given} goes with a recipe, and {path} is none: give a TOML file")
     elif (path / "index.json").is_file():
+        refuse_unused("is of a recipe or a model, and data have no length of sequences: leave it away", tokens=tokens)
         lines, config, tokens = _of_data(path), None, 0
     else:
         lines, config, tokens = _of_model(path, tokens)
@@ -87,6 +88,7 @@ def _memory_of_training(
 
     train, dp, sp = recipe.train, recipe.parallel.dp, recipe.parallel.sp
     if train.chunk_tokens is not None:
+        refuse_unused("asks for the longest sequence, and chunks fit any: leave it away", memory=memory)
         return _memory_in_chunks(recipe, config, tokens, train.chunk_tokens)
     sequences = train.batch_sequences // (train.accumulate * dp)
     bfloat16, checkpointed = train.dtype == "bfloat16", train.checkpoint_activations

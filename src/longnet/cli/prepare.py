@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cyclopts
 
-from longnet.cli.check import at_least_one, check_folder
+from longnet.cli.check import at_least_one, check_folder, refuse_unused
 
 if TYPE_CHECKING:
     from longnet.data.preparation import Prepared
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def prepare(
     *paths: str,
     output: Annotated[Path, cyclopts.Parameter(("--output", "-o"))],
-    tokenizer: str = "bytes",
+    tokenizer: str | None = None,
     train_bpe: int | None = None,
     text_field: str = "text",
     suffixes: Annotated[tuple[str, ...], cyclopts.Parameter(consume_multiple=True, negative="")] = (),
@@ -42,8 +42,8 @@ def prepare(
             folder's files come in path order, without hidden ones, caches and installed packages; a file that
             is named is taken whatever it is called.
         output: Folder to write.
-        tokenizer: bytes (ids are bytes, nothing to choose, any text and any byte), a tokenizer.json, a Hugging
-            Face folder, or tiktoken:cl100k_base.
+        tokenizer: bytes (ids are bytes, nothing to choose, any text and any byte), which is the default, a
+            tokenizer.json, a Hugging Face folder, or tiktoken:cl100k_base.
         train_bpe: Train a byte-level BPE vocabulary of so many tokens on the train split, instead of
             --tokenizer.
         text_field: Field of JSON lines, parquet and data sets that holds the text; a.b is field b of field a.
@@ -72,8 +72,10 @@ def prepare(
     check_folder(output)
     if workers is not None:
         at_least_one(workers=workers)
+    if train_bpe is not None:
+        refuse_unused("is contradicted by --train-bpe, which makes a tokenizer: give one of them", tokenizer=tokenizer)
     options = Options(
-        sources=paths, tokenizer=tokenizer, train_bpe=train_bpe, text_field=text_field, suffixes=suffixes,
+        sources=paths, tokenizer=tokenizer or "bytes", train_bpe=train_bpe, text_field=text_field, suffixes=suffixes,
         exclude=exclude, validation=validation, split_by=split_by, drop_duplicates=drop_duplicates,
         shard_tokens=shard_tokens, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n,
     )  # fmt: skip

@@ -42,6 +42,9 @@ class Sampling:
             raise ValueError(
                 f"temperature must be 0 (the likeliest token), or {_COLDEST} or more, got {self.temperature}"
             )
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
+            given = "top_k" if self.top_k is not None else "top_p"
+            raise ValueError(f"{given} chooses among tokens, and temperature 0 takes the likeliest: give one of them")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 <= self.seed < 2**63:

@@ -70,11 +70,11 @@ _OF_MODEL: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
 
 def load_gigapath(
     path: str | Path,
-    num_heads: int = _HEADS,
+    num_heads: int | None = None,
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
-    max_wsi_size: int = _MAX_WSI_SIZE,
-    tile_size: int = _TILE_SIZE,
+    max_wsi_size: int | None = None,
+    tile_size: int | None = None,
     tail: TailKind | None = None,
     classifier_layers: Sequence[int] = (11,),
 ) -> LongNetSlideModel | LongNetForSlideClassification:
@@ -84,13 +84,13 @@ def load_gigapath(
 
     Args:
         path: `slide_encoder.pth`, a .safetensors file with its names, or a folder that `save_pretrained` or
-            `longnet convert` wrote, which knows its own settings; given ones replace them, unless defaults.
-        num_heads: query heads.
+            `longnet convert` wrote, which knows its own settings; given ones replace them.
+        num_heads: query heads of a file; 16 when None.
         segment_lengths: w_i in tiles; from max_wsi_size and tile_size when None, as the authors do
             (`longnet.model.slides.segments_for`).
         dilation_rates: r_i; 1, 2, 4, 8, 16 when None.
-        max_wsi_size: side of the largest slide, in pixels.
-        tile_size: pixels of level 0 of a tile.
+        max_wsi_size: side of the largest slide, in pixels, in place of segment_lengths; 262,144 when None.
+        tile_size: pixels of level 0 of a tile; 256 when None.
         tail: `"torchscale"`, as the published weights were trained, and the default, or `"exact"`.
         classifier_layers: of a fine-tuned file, the entries of `layer_embeddings` that its classifier reads.
 
@@ -99,11 +99,13 @@ def load_gigapath(
 
     Raises:
         ValueError: tensors that are missing, left over, of the wrong shape or not finite, each named; a file that holds
-            no slide encoder.
+            no slide encoder; other heads than a folder's, segment_lengths and max_wsi_size.
         FileNotFoundError: no such file.
     """
     replaced: dict[str, Any] = {}
     if segment_lengths is not None:
+        if max_wsi_size is not None:
+            raise ValueError("max_wsi_size makes the segment lengths: give it or segment_lengths")
         replaced["segment_lengths"] = tuple(segment_lengths)
     if dilation_rates is not None:
         replaced["dilation_rates"] = tuple(dilation_rates)
@@ -111,16 +113,15 @@ def load_gigapath(
         replaced["tail"] = tail
     if Path(path).is_dir():
         config = _config_in(path, LongNetSlideConfig)
-        if num_heads not in (_HEADS, config.num_attention_heads):
-            raise ValueError(
-                f"{path} is of {config.num_attention_heads} heads, got num_heads={num_heads}: leave it out"
-            )
-        if tile_size != _TILE_SIZE:
+        _refuse_other_heads(path, config, num_heads)
+        if tile_size is not None:
             replaced["tile_size"] = tile_size
-        if max_wsi_size != _MAX_WSI_SIZE and segment_lengths is None:
-            replaced["segment_lengths"] = segments_for(max_wsi_size, tile_size)
+        if max_wsi_size is not None:
+            replaced["segment_lengths"] = segments_for(max_wsi_size, tile_size or config.tile_size)
         kind = LongNetForSlideClassification if _holds(config, LongNetForSlideClassification) else LongNetSlideModel
         return load_folder(kind, path, **replaced)  # type: ignore[no-any-return]
+    num_heads, tile_size = num_heads or _HEADS, tile_size or _TILE_SIZE
+    max_wsi_size = max_wsi_size or _MAX_WSI_SIZE
     weights = read_weights(Path(path))
     prefix = "slide_encoder." if "slide_encoder.cls_token" in weights else ""
     embed = _need(weights, f"{prefix}patch_embed.proj.weight", "(width, feature width)", path)
@@ -148,9 +149,14 @@ def load_gigapath(
     return _fill(LongNetForSlideClassification, fields, weights, path)
 
 
+def _refuse_other_heads(path: str | Path, config: LongNetConfig, num_heads: int | None) -> None:
+    if num_heads not in (None, config.num_attention_heads):
+        raise ValueError(f"{path} is of {config.num_attention_heads} heads, got num_heads={num_heads}: leave it out")
+
+
 def load_longvit(
     path: str | Path,
-    num_heads: int = 16,
+    num_heads: int | None = None,
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
     tail: TailKind | None = None,
@@ -159,7 +165,7 @@ def load_longvit(
 
     Args:
         path: its checkpoint, or a folder that `save_pretrained` or `longnet convert` wrote.
-        num_heads: query heads.
+        num_heads: query heads of a file; 16 when None.
         segment_lengths: w_i in patches; those of the image size (`longnet.model.images.SEGMENTS`) when None.
         dilation_rates: r_i; 1, 2, 4, 8, 16 when None.
         tail: `"torchscale"`, as the published weights were trained, and the default, or `"exact"`.
@@ -178,6 +184,7 @@ def load_longvit(
         replaced["tail"] = tail
     if Path(path).is_dir():
         config = _config_in(path, LongNetImageConfig)
+        _refuse_other_heads(path, config, num_heads)
         kind = LongNetForImageClassification if _holds(config, LongNetForImageClassification) else LongNetImageModel
         return load_folder(kind, path, **replaced)  # type: ignore[no-any-return]
     weights = {name.removeprefix("module."): weight for name, weight in read_weights(Path(path)).items()}
@@ -207,7 +214,7 @@ def load_longvit(
         "num_channels": embed.shape[1],
         "hidden_size": embed.shape[0],
         "num_hidden_layers": _depth(weights, path),
-        "num_attention_heads": num_heads,
+        "num_attention_heads": num_heads or _HEADS,
         "intermediate_size": fc1.shape[0],
         "dilation_rates": _RATES,
         **replaced,
