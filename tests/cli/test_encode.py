@@ -227,6 +227,26 @@ def test_convert_a_fine_tuned_file_and_encode_with_its_encoder(folder, tmp_path,
     torch.testing.assert_close(load_file(tmp_path / "out" / "b.safetensors")["pooled"], want, rtol=0, atol=1e-5)
 
 
+def test_what_no_tensor_of_a_language_model_tells_is_an_option(tmp_path, call, capsys):
+    """Every field of the configuration is read off the file, is an option, or is of training alone."""
+    weights = Golden("decoder_lm_small").weights("deepnorm/weights/")
+    torch.save({"model": weights}, tmp_path / "theirs.pt")
+    command = ("convert", tmp_path / "theirs.pt", tmp_path / "ours", "--kind", "lm", "--num-heads", 4, "--deepnorm",
+               "--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4")  # fmt: skip
+    options = ("--xpos-scale-base", 300.5, "--pad-token-id", 3, "--eos-token-id", 2, "--activation", "relu",
+               "--layernorm-eps", "1e-6")  # fmt: skip
+    assert call(*command, *options) == 0
+    config = longnet.LongNetConfig.from_pretrained(tmp_path / "ours")
+    said = (config.xpos_scale_base, config.pad_token_id, config.eos_token_id, config.hidden_act, config.layer_norm_eps)
+    assert said == (300.5, 3, 2, "relu", 1e-6)
+    capsys.readouterr()
+    for wrong in (("--activation", "gelo"), ("--layernorm-eps", "-1"), ("--xpos-scale-base", "0")):
+        assert call(*(part if part != tmp_path / "ours" else tmp_path / "other" for part in command), *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert wrong[1] in error
+
+
 @pytest.mark.parametrize("kind", ["longvit", "longvit classifier", "lm"])
 def test_convert_the_other_kinds_there_and_back(kind, tmp_path, call):
     if kind == "lm":

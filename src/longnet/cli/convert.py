@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 
@@ -24,6 +24,11 @@ def convert(
     deepnorm: bool | None = None,
     scale_embedding: bool = False,
     sinusoidal: bool = False,
+    xpos_scale_base: float | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    activation: str | None = None,
+    layernorm_eps: float | None = None,
 ) -> None:
     """Convert a checkpoint of torchscale into a folder that from_pretrained reads, or such a folder back.
 
@@ -46,6 +51,12 @@ def convert(
             tensor tells.
         scale_embedding: Of language models: embeddings × √C.
         sinusoidal: Of language models: fairseq's sinusoidal positions.
+        xpos_scale_base: Of language models with xPos: torchscale's xpos_scale_base; 512 if not given.
+        pad_token_id: Of language models: torchscale's padding index, after which positions are counted; 1, which is
+            fairseq's, if not given.
+        eos_token_id: Of language models: the token that ends generation, which is 2 in fairseq; none if not given.
+        activation: Of language models: torchscale's activation_fn, gelu if not given.
+        layernorm_eps: Of language models: torchscale's layernorm_eps, 1e-5 if not given.
     """
     import torch
     from safetensors.torch import save
@@ -60,11 +71,15 @@ def convert(
     if target.exists():
         raise FileExistsError(f"{target} is there already: choose another name")
     of_slides = {"max_wsi_size": max_wsi_size, "tile_size": tile_size, "classifier_layers": classifier_layers}
-    of_lm: dict[str, object] = {
-        "deepnorm": None if deepnorm is None else "said",
-        "scale_embedding": scale_embedding,
-        "sinusoidal": sinusoidal,
-    }
+    fields: dict[str, Any] = {
+        "xpos_scale_base": xpos_scale_base, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id,
+        "hidden_act": activation, "layer_norm_eps": layernorm_eps,
+    }  # fmt: skip
+    of_lm = {
+        "deepnorm": None if deepnorm is None else "said", "scale_embedding": scale_embedding, "sinusoidal": sinusoidal,
+        "xpos_scale_base": xpos_scale_base, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id,
+        "activation": activation, "layernorm_eps": layernorm_eps,
+    }  # fmt: skip
     if source.is_dir():
         refuse_unused(
             f"is of torchscale's files, and the folder {source} says it itself: leave it away", kind=kind,
@@ -103,6 +118,7 @@ def convert(
         model = longnet.load_torchscale_lm(
             source, num_heads or 16, segment_lengths, dilation_rates,
             deepnorm=deepnorm, scale_embedding=scale_embedding, sinusoidal=sinusoidal,
+            **{name: value for name, value in fields.items() if value is not None},
         )  # fmt: skip
     with write_whole_folder(target) as folder:
         model.save_pretrained(folder)

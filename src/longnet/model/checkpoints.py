@@ -236,6 +236,9 @@ def load_torchscale_lm(
     sinusoidal: bool = False,
     xpos_scale_base: float = 512.0,
     pad_token_id: int | None = 1,
+    eos_token_id: int | None = None,
+    hidden_act: str = "gelu",
+    layer_norm_eps: float = 1e-5,
 ) -> LongNetForCausalLM:
     """Load a causal language model of torchscale's LongNetDecoder, in eval mode.
 
@@ -254,6 +257,9 @@ def load_torchscale_lm(
         sinusoidal: fairseq's sinusoidal positions, which are not stored.
         xpos_scale_base: tokens over which xPos decays.
         pad_token_id: of the vocabulary; fairseq's is 1, and positions are counted from the one after it.
+        eos_token_id: token that ends generation; fairseq's is 2.
+        hidden_act: torchscale's `activation_fn`; no tensor tells, nor the next.
+        layer_norm_eps: torchscale's `layernorm_eps`.
 
     Raises:
         ValueError: tensors that are missing, left over, of the wrong shape, or not finite, each named; deepnorm where
@@ -300,8 +306,11 @@ def load_torchscale_lm(
         "deepnorm": bool(deepnorm),
         "post_layernorm": not has_sublayernorm and "layer_norm.weight" not in weights,
         "xpos_scale_base": xpos_scale_base,
+        "hidden_act": hidden_act,
+        "layer_norm_eps": layer_norm_eps,
         "tie_word_embeddings": is_tied,
         "pad_token_id": pad_token_id,
+        "eos_token_id": eos_token_id,
     }
     return _fill(LongNetForCausalLM, fields, weights, path)
 
