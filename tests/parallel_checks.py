@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import longnet
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
-from longnet.attention import sequence_parallel
+from longnet.attention import halo, sequence_parallel
 from longnet.bench import distributed
 from longnet.measurement import peak_bytes
 from longnet.model.versions import checkpoint_layers
@@ -38,14 +38,19 @@ def edges_of(tokens, ranks):
 class Watched:
     """What the op does with the other ranks, in order, and the bytes that its exchanges bring."""
 
-    NAMES = ("_exchange", "_wait", "attend_own", "attend_halo", "differentiate_own", "differentiate_halo")
+    PLACES = (
+        (sequence_parallel, "_exchange"),
+        (sequence_parallel, "_wait"),
+        (halo, "attend_tiles"),
+        (halo, "differentiate_tiles"),
+    )
 
     def __enter__(self):
         self.order, self._counting = [], sequence_parallel.counted_exchanges()
         self.received = self._counting.__enter__()
-        self._kept = {name: getattr(sequence_parallel, name) for name in self.NAMES}
-        for name, function in self._kept.items():
-            setattr(sequence_parallel, name, functools.partial(self._call, name, function))
+        self._kept = {(place, name): getattr(place, name) for place, name in self.PLACES}
+        for (place, name), function in self._kept.items():
+            setattr(place, name, functools.partial(self._call, name, function))
         return self
 
     def _call(self, name, function, *args, **kwargs):
@@ -55,8 +60,8 @@ class Watched:
 
     def __exit__(self, *error):
         self._counting.__exit__(*error)
-        for name, function in self._kept.items():
-            setattr(sequence_parallel, name, function)
+        for (place, name), function in self._kept.items():
+            setattr(place, name, function)
 
 
 def inputs(batch=2, heads=4, kv_heads=2, tokens=101, dtype=torch.float64):

@@ -1,5 +1,6 @@
 """Sequences in stretches, in one process: slices of simulated ranks, chunks that learn, and texts that stream."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
 from longnet.attention.chunks import Chunk
-from longnet.attention.halo import attend_halo, attend_own, differentiate_halo, differentiate_own, take_home, take_rows
+from longnet.attention.halo import attend, differentiate, take_home, take_rows
 from longnet.attention.plan import runs_of
 from longnet.attention.sequence_parallel import make_halo
 from longnet.attention.slices import lay_out_slice
@@ -44,10 +45,13 @@ def simulate(q, k, v, dout, pattern, edges, *, bounds, is_causal, scale, backend
     for (*qkv, gradient), layout, rows in zip(slices, layouts, came, strict=True):
         assert len(rows) == sum(layout.received_counts)
         halo = make_halo(rows, layout, batch, k.shape[1])
-        out, lse = attend_own(backend, layout.tiles, *qkv, scale=scale)
-        out, lse = attend_halo(backend, layout.tiles, qkv[0], halo, out, lse, scale=scale)
-        dq, dhalo = differentiate_halo(backend, layout.tiles, gradient, qkv[0], halo, out, lse, scale=scale)
-        grads = differentiate_own(backend, layout.tiles, gradient, *qkv, out, lse, dq, scale=scale)
+        out, lse = attend(backend, layout.tiles, *qkv, functools.partial(torch.clone, halo), None, scale=scale)
+        told = []
+        *grads, dhalo = differentiate(
+            backend, layout.tiles, gradient, *qkv, halo, out, lse, scale=scale,
+            tell=lambda x, to=told: to.append(x.clone()),
+        )  # fmt: skip
+        assert torch.equal(*told, dhalo)  # nothing comes to it after it was told
         homeward.append(take_rows(dhalo, layout.received))
         results.append([out, lse, *grads])
     home = exchange(homeward, [layout.received_counts for layout in layouts])

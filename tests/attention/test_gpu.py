@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from cases import ON_CUDA, cases
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import reference, tiles
+from longnet.attention import combined, reference
 from longnet.attention.backends import dispatch
 from longnet.attention.chunks import Tape
 from longnet.attention.streaming import StreamState
@@ -123,7 +123,7 @@ def test_merging_in_one_launch_proves_itself():
 
 
 def test_putting_parts_together_in_one_launch_proves_itself():
-    assert tiles._combines_on(torch.device("cuda"))
+    assert combined._combines_on(torch.device("cuda"))
 
 
 LAYOUTS = {

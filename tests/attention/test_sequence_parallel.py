@@ -47,8 +47,8 @@ def test_rows_travel_while_local_branches_are_computed(ranks_and_results):
             if ranks == 1:
                 assert "_exchange" not in order
                 continue
-            assert rest[:4] == ["_exchange", "attend_own", "_wait", "attend_halo"]
-            assert rest[4:] == ["differentiate_halo", "_exchange", "differentiate_own", "_wait"]
+            assert rest[:4] == ["_exchange", "attend_tiles", "_wait", "attend_tiles"]  # own tiles, the halo's
+            assert rest[4:] == ["differentiate_tiles", "_exchange", "differentiate_tiles", "_wait"]  # the halo's, own
 
 
 def test_what_does_not_fit_is_said_on_every_rank(tmp_path):

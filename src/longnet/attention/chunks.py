@@ -23,14 +23,14 @@ from longnet.attention.backends import dispatch
 from longnet.attention.halo import (
     HaloLayout,
     Pieces,
-    attend_both,
-    differentiate_both,
+    attend,
+    differentiate,
     lay_out,
     put_rows,
     take_home,
     take_rows,
 )
-from longnet.attention.merge import differentiate_sinks, merge_sinks_
+from longnet.attention.merge import differentiate_sinks
 from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, kept_rows, pattern_of
 from longnet.attention.plan import Run, runs_of
 from longnet.attention.registration import cast_under_autocast
@@ -379,10 +379,8 @@ def _op(
     layout, scale, backend = _lay_out(q, k, *settings[:-2]), *settings[-2:]
     sent = take_rows((k, v), layout.sent)
     q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = attend_both(backend, layout.tiles, q, k, v, halo.to(k.dtype), scale=scale)
-    if sinks is not None:
-        merge_sinks_(out, lse, sinks)
-    return out.to(q.dtype), lse, sent.to(lse.dtype)
+    out, lse = attend(backend, layout.tiles, q, k, v, halo.to(k.dtype), sinks, scale=scale)
+    return out, lse, sent.to(lse.dtype)
 
 
 @torch.library.custom_op(
@@ -404,9 +402,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout, scale, backend = _lay_out(q, k, *settings[:-2]), *settings[-2:]
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
-    dq, dk, dv, dhalo = differentiate_both(
-        backend, layout.tiles, dout, q, k, v, halo.to(k.dtype), out, lse, scale=scale
-    )
+    dq, dk, dv, dhalo = differentiate(backend, layout.tiles, dout, q, k, v, halo.to(k.dtype), out, lse, scale=scale)
     if dsent is not None:
         take_home(dsent, layout.sent, (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dhalo.to(halo.dtype)

@@ -2,14 +2,14 @@
 
 A call has a stretch of a sequence at hand. What else its queries see of their segments is the *halo*: the kept rows of
 each branch, one after the other, at places that the caller chooses. Who brings them is the caller's: an exchange with
-other ranks (`sequence_parallel`), a state in memory (`streaming`), or that state and a log on disk (`chunks`). Own and
-halo are functions of their own, so that rows can travel between the two; who has both takes them together.
+other ranks (`sequence_parallel`), a state in memory (`streaming`), or that state and a log on disk (`chunks`). Own rows
+are attended to while others may still travel, and the gradients of those are told before own ones are computed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
-from longnet.attention.backends.triton.tables import EVERYWHERE, HALO
+from longnet.attention.backends.triton.tables import AT_HAND, EVERYWHERE, HALO
+from longnet.attention.combined import Keys, attend_combined, combines, differentiate_combined
+from longnet.attention.merge import merge_sinks_
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Run, Tile, Whole, plan
 from longnet.attention.tiles import attend_tiles, differentiate_tiles, empty_like, empty_lse, laid_out_like
@@ -95,13 +97,21 @@ def lay_out(
     )
 
 
-Pair = Tensor | tuple[Tensor, Tensor]  # of keys and values
+Pair = Tensor | tuple[Tensor, Tensor]  # of keys and values, (B, G, rows, D) each
 
 
-def attend_own(
-    backend: str, layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, *, scale: float
+def attend(
+    backend: str,
+    layout: HaloLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    halo: Pair | Callable[[], Pair],
+    sinks: Tensor | None,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the rows at hand.
+    """Attend to the rows at hand and to the halo's.
 
     Args:
         backend: as in `dilated_attention`, but for the oracle.
@@ -109,118 +119,118 @@ def attend_own(
         q: (B, H, T, D), last stride 1, as `rows_dense` returns it.
         k: (B, G, T, D), last stride 1.
         v: (B, G, T, D), last stride 1.
+        halo: its keys and values, or what waits for them: it is called, once, after the rows at hand have been seen.
+        sinks: (H,) or (B, H, T), logits of one more key of value 0, or None.
         scale: factor on q·k.
 
     Returns:
-        out (B, H, T, D) and lse (B, H, T), at least float32; 0 and −inf for queries that have seen nothing.
+        out (B, H, T, D) like q and lse (B, H, T), at least float32; 0 and −inf, or the sink's logit, for queries that
+        have seen nothing.
     """
-    out, lse = empty_like(q), empty_lse(q)
     if _is_fused(backend, q):
-        out, fused_lse = launch.attend(q, k, v, None, layout.whole, scale=scale, out=out)
-        return out, laid_out_like(fused_lse, lse)
-    if not layout.is_complete:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    return attend_tiles(_kernels(backend, q), layout.own, q, k, v, out, lse, scale=scale)
+        out, lse = _attend_fused(layout, q, k, v, halo, scale=scale)
+    elif combines(q):
+        sources = _own_first(layout, k, v, halo)
+        return attend_combined(_kernels(backend, q), sources, q, sinks, layout.whole, skipped=0, scale=scale)
+    else:
+        out, lse = empty_like(q), empty_lse(q)
+        if not layout.is_complete:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        for tiles, keys, values, _ in _own_first(layout, k, v, halo):
+            out, lse = attend_tiles(_kernels(backend, q), tiles, q, keys, values, out, lse, scale=scale)
+    if sinks is not None:
+        merge_sinks_(out, lse, sinks)
+    return out.to(q.dtype), lse
 
 
-def attend_halo(
-    backend: str, layout: HaloLayout, q: Tensor, halo: Pair, out: Tensor, lse: Tensor, *, scale: float
+def _own_first(layout: HaloLayout, k: Tensor, v: Tensor, halo: Pair | Callable[[], Pair]) -> Iterator[Keys]:
+    yield Keys(layout.own, k, v)
+    halo_k, halo_v = halo() if callable(halo) else halo
+    yield Keys(layout.halo, halo_k, halo_v)
+
+
+def _attend_fused(
+    layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, halo: Pair | Callable[[], Pair], *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Fold the halo's keys and values, (B, G, rows, D) each, into what `attend_own` returned."""
-    if not _is_fused(backend, q):
-        return attend_tiles(_kernels(backend, q), layout.halo, q, halo[0], halo[1], out, lse, scale=scale)
-    if not layout.halo:
-        return out, lse
-    out, fused_lse = launch.attend(
-        q, *_unread(q, halo), None, layout.whole, scale=scale, halo=(halo[0], halo[1]), sources=HALO, out=out,
-        lse=lse.contiguous(),
-    )  # fmt: skip
-    return out, laid_out_like(fused_lse, lse)
-
-
-def attend_both(
-    backend: str, layout: HaloLayout, q: Tensor, k: Tensor, v: Tensor, halo: Pair, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend to the rows at hand and to the halo's: `attend_own` and `attend_halo`, in one launch where that is one."""
-    if not _is_fused(backend, q):
-        out, lse = attend_own(backend, layout, q, k, v, scale=scale)
-        return attend_halo(backend, layout, q, halo, out, lse, scale=scale)
+    """Return out and lse, at least float32: of one launch, or of two if the halo is still on its way."""
+    given = None if callable(halo) else (halo[0], halo[1])
     out, lse = launch.attend(
-        q, k, v, None, layout.whole, scale=scale, halo=(halo[0], halo[1]), sources=EVERYWHERE, out=empty_like(q)
-    )
+        q, k, v, None, layout.whole, scale=scale, halo=given, sources=EVERYWHERE if given else AT_HAND,
+        out=empty_like(q),
+    )  # fmt: skip
+    if callable(halo):
+        rows = halo()
+        if layout.halo:
+            out, lse = launch.attend(
+                q, *_unread(q, rows), None, layout.whole, scale=scale, halo=(rows[0], rows[1]), sources=HALO, out=out,
+                lse=lse,
+            )  # fmt: skip
     return out, laid_out_like(lse, empty_lse(q))
 
 
-def differentiate_halo(
+def differentiate(
     backend: str,
     layout: HaloLayout,
     dout: Tensor,
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     halo: Tensor,
     out: Tensor,
     lse: Tensor,
     *,
     scale: float,
-) -> tuple[Tensor | None, Tensor]:
-    """Return the halo's share of dq, None where no query sees it, and the gradient of the halo (2, B, G, rows, D).
+    tell: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv and the gradient of the halo (2, B, G, rows, D); all but dq at least float32.
 
-    Both at least float32. `out` and `lse` are those of all keys.
+    Args:
+        backend: as in `attend`, like layout, q, k, v and scale.
+        layout: of the call.
+        dout: (B, H, T, D), last stride 1.
+        q: (B, H, T, D).
+        k: (B, G, T, D).
+        v: (B, G, T, D).
+        halo: (2, B, G, rows, D), keys and values.
+        out: (B, H, T, D), of all keys.
+        lse: (B, H, T), of all keys.
+        scale: factor on q·k.
+        tell: takes the halo's gradient as soon as it is there, before the rest is computed.
     """
     dhalo = empty_like(halo).zero_()
-    if not layout.halo:
-        return None, dhalo
-    dq = empty_like(q).zero_()
+    given = layout, dout, q, k, v, halo, out, lse, dhalo
     if _is_fused(backend, q):
-        lse, rows, grads = lse.contiguous(), (halo[0], halo[1]), (dhalo[0], dhalo[1])
-        delta = torch.empty_like(lse)
-        launch.differentiate_queries(
-            dout, q, _unread(q, halo), rows, out, lse, delta, layout.whole, dq, scale=scale, sources=HALO
-        )
-        launch.differentiate_halo(dout, q, rows, lse, delta, layout.whole, grads, scale=scale)
-    else:
-        differentiate_tiles(
-            _kernels(backend, q), layout.halo, dout, q, halo[0], halo[1], out, lse, (dq, dhalo[0], dhalo[1]),
-            scale=scale,
-        )  # fmt: skip
-    return dq, dhalo
-
-
-def differentiate_own(
-    backend: str,
-    layout: HaloLayout,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq_halo: Tensor | None,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, with the halo's share, dk and dv of the rows at hand, at least float32."""
+        return *_differentiate_fused(*given, scale, tell), dhalo
+    kernels = _kernels(backend, q)
+    if combines(q):
+        room = torch.empty_like(q), empty_like(k), empty_like(v)
+        sources = _halo_first(layout, k, v, halo, dhalo, tell)
+        grads = differentiate_combined(kernels, sources, dout, q, out, lse, room, layout.whole, scale=scale)
+        return *grads, dhalo
+    dq_halo = empty_like(q).zero_() if layout.halo else empty_like(q)
+    rows = dq_halo, dhalo[0], dhalo[1]
+    differentiate_tiles(kernels, layout.halo, dout, q, halo[0], halo[1], out, lse, rows, scale=scale)
+    if tell is not None:
+        tell(dhalo)
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    is_fused = _is_fused(backend, q)
-    if not (layout.whole.is_complete if is_fused else layout.is_complete):
+    if not layout.is_complete:
         for grad in (dq, dk, dv):
             grad.zero_()
-    if is_fused:
-        lse = lse.contiguous()
-        delta = torch.empty_like(lse)
-        launch.differentiate_queries(dout, q, (k, v), None, out, lse, delta, layout.whole, dq, scale=scale)
-        launch.differentiate_keys(dout, q, (k, v), lse, delta, layout.whole, (dk, dv), scale=scale)
-    else:
-        dq, dk, dv = differentiate_tiles(
-            _kernels(backend, q), layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale
-        )
-    if dq_halo is not None:
-        dq.add_(dq_halo)
-    return dq, dk, dv
+    dq, dk, dv = differentiate_tiles(kernels, layout.own, dout, q, k, v, out, lse, (dq, dk, dv), scale=scale)
+    return dq.add_(dq_halo) if layout.halo else dq, dk, dv, dhalo
 
 
-def differentiate_both(
-    backend: str,
+def _halo_first(
+    layout: HaloLayout, k: Tensor, v: Tensor, halo: Tensor, dhalo: Tensor, tell: Callable[[Tensor], None] | None
+) -> Iterator[Keys]:
+    yield Keys(layout.halo, halo[0], halo[1], (dhalo[0], dhalo[1]))
+    if tell is not None:
+        tell(dhalo)
+    yield Keys(layout.own, k, v)
+
+
+def _differentiate_fused(
     layout: HaloLayout,
     dout: Tensor,
     q: Tensor,
@@ -229,26 +239,32 @@ def differentiate_both(
     halo: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
+    dhalo: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv and the gradient of the halo, as `differentiate_halo` and `differentiate_own` do."""
-    if not (layout.halo and _is_fused(backend, q)):
-        dq_halo, dhalo = differentiate_halo(backend, layout, dout, q, halo, out, lse, scale=scale)
-        grads = differentiate_own(backend, layout, dout, q, k, v, out, lse, dq_halo, scale=scale)
-        return *grads, dhalo
-    dq, dk, dv, dhalo = empty_like(q), empty_like(k), empty_like(v), empty_like(halo).zero_()
+    tell: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv and write the halo's: at once, or the halo's first where they are waited for."""
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     if not layout.whole.is_complete:
         for grad in (dq, dk, dv):
             grad.zero_()
-    lse, rows = lse.contiguous(), (halo[0], halo[1])
+    lse, rows, whole = lse.contiguous(), (halo[0], halo[1]), layout.whole
     delta = torch.empty_like(lse)
-    launch.differentiate_queries(
-        dout, q, (k, v), rows, out, lse, delta, layout.whole, dq, scale=scale, sources=EVERYWHERE
-    )
-    launch.differentiate_keys(dout, q, (k, v), lse, delta, layout.whole, (dk, dv), scale=scale)
-    launch.differentiate_halo(dout, q, rows, lse, delta, layout.whole, (dhalo[0], dhalo[1]), scale=scale)
-    return dq, dk, dv, dhalo
+    dq_halo = None
+    if layout.halo and tell is not None:
+        dq_halo = empty_like(q).zero_()
+        launch.differentiate_queries(
+            dout, q, _unread(q, rows), rows, out, lse, delta, whole, dq_halo, scale=scale, sources=HALO
+        )
+        launch.differentiate_halo(dout, q, rows, lse, delta, whole, (dhalo[0], dhalo[1]), scale=scale)
+    if tell is not None:
+        tell(dhalo)
+    sources = EVERYWHERE if layout.halo and tell is None else AT_HAND
+    launch.differentiate_queries(dout, q, (k, v), rows, out, lse, delta, whole, dq, scale=scale, sources=sources)
+    launch.differentiate_keys(dout, q, (k, v), lse, delta, whole, (dk, dv), scale=scale)
+    if layout.halo and tell is None:
+        launch.differentiate_halo(dout, q, rows, lse, delta, whole, (dhalo[0], dhalo[1]), scale=scale)
+    return dq if dq_halo is None else dq.add_(dq_halo), dk, dv
 
 
 def _is_fused(backend: str, q: Tensor) -> bool:

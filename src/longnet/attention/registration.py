@@ -12,17 +12,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
+from longnet.attention.combined import Keys, attend_combined, combines, differentiate_combined
 from longnet.attention.merge import differentiate_sinks, merge_sinks_
 from longnet.attention.plan import Tile, Whole
 from longnet.attention.tiles import (
-    attend_combined,
     attend_tiles,
-    combines,
-    differentiate_combined,
     differentiate_tiles,
     empty_like,
     empty_lse,
-    has_few_parts,
     laid_out_like,
     rows_dense,
 )
@@ -124,13 +121,6 @@ def register(
 def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | None = None) -> tuple[Forward, Backward]:
     """Return what `register` makes ops of: functions of plain tensors."""
 
-    def as_parts(q: Tensor, k: Tensor, bounds: Tensor | None, *settings: Any) -> Whole | None:
-        """Return the attention as one where its tiles are put together at once."""
-        if as_one is None or not combines(q):
-            return None
-        whole = as_one(q, k, bounds, *settings)
-        return whole if has_few_parts(whole.pattern) else None
-
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, sinks: Tensor | None, *settings_scale_backend: Any
     ) -> tuple[Tensor, Tensor]:
@@ -142,10 +132,10 @@ def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | Non
         kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         q, k, v = (rows_dense(x) for x in (q, k, v))
-        whole = as_parts(q, k, bounds, *settings)
-        if whole is not None:
-            (part,) = parts
-            return attend_combined(kernels, part.tiles, q, k, v, sinks, whole, scale=scale)
+        if as_one and combines(q):
+            sources = [Keys(part.tiles, k, v) for part in parts]
+            whole, skipped = as_one(q, k, bounds, *settings), k.shape[2] - q.shape[2]
+            return attend_combined(kernels, sources, q, sinks, whole, skipped=skipped, scale=scale)
         out, lse = empty_like(q), empty_lse(q)
         if not is_complete:
             out.zero_()
@@ -180,10 +170,11 @@ def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | Non
         kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
         parts, is_complete = lay_out(q, k, bounds, *settings)
         dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
-        whole = as_parts(q, k, bounds, *settings)
-        if whole is not None:
-            (part,) = parts
-            return differentiate_combined(kernels, part.tiles, dout, q, k, v, out, lse, whole, scale=scale)
+        if as_one and combines(q):
+            sources = [Keys(part.tiles, k, v) for part in parts]
+            room = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            whole = as_one(q, k, bounds, *settings)
+            return differentiate_combined(kernels, sources, dout, q, out, lse, room, whole, scale=scale)
         dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
         if not (is_complete and q.shape[2] == k.shape[2]):
             for grad in (dq, dk, dv):

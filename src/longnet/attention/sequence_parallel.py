@@ -8,6 +8,7 @@ of one device; the traffic does not grow with the length.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
-from longnet.attention.halo import (
-    attend_halo,
-    attend_own,
-    differentiate_halo,
-    differentiate_own,
-    put_rows,
-    take_home,
-    take_rows,
-)
-from longnet.attention.merge import differentiate_sinks, merge_sinks_
+from longnet.attention.halo import attend, differentiate, put_rows, take_home, take_rows
+from longnet.attention.merge import differentiate_sinks
 from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
 from longnet.attention.plan import runs_of
 from longnet.attention.slices import SliceLayout, lay_out_slice
@@ -244,14 +237,14 @@ def _op(
     if layout.is_exchanging:
         received = _exchange(take_rows((k, v), layout.sent), layout.sent_counts, layout.received_counts, group)
     q, k, v = (rows_dense(x) for x in (q, k, v))
-    out, lse = attend_own(backend, layout.tiles, q, k, v, scale=scale)
-    if layout.is_exchanging:
-        received = _wait(received)
-    halo = make_halo(received, layout, k.shape[0], k.shape[1])
-    out, lse = attend_halo(backend, layout.tiles, q, halo, out, lse, scale=scale)
-    if sinks is not None:
-        merge_sinks_(out, lse, sinks)
-    return out.to(q.dtype), lse, halo
+
+    @functools.cache
+    def halo() -> Tensor:
+        came = _wait(received) if layout.is_exchanging else received
+        return make_halo(came, layout, k.shape[0], k.shape[1])
+
+    out, lse = attend(backend, layout.tiles, q, k, v, halo, sinks, scale=scale)
+    return out, lse, halo()
 
 
 @torch.library.custom_op(
@@ -277,14 +270,16 @@ def _op_backward(
     layout, scale, backend = _lay_out(q, k, bounds, edges, rank, *settings), *settings[-2:]
     dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
     # The halo first: its gradients travel while the rest is computed.
-    dq_halo, dhalo = differentiate_halo(backend, layout.tiles, dout, q, halo, out, lse, scale=scale)
-    coming = None
-    if layout.is_exchanging:
+    coming = []
+
+    def send_home(dhalo: Tensor) -> None:
         home = take_rows(dhalo, layout.received).to(k.dtype)
-        coming = _exchange(home, layout.received_counts, layout.sent_counts, group)
-    dq, dk, dv = differentiate_own(backend, layout.tiles, dout, q, k, v, out, lse, dq_halo, scale=scale)
-    if coming is not None:
-        take_home(_wait(coming), layout.sent, (dk, dv))
+        coming.append(_exchange(home, layout.received_counts, layout.sent_counts, group))
+
+    tell = send_home if layout.is_exchanging else None
+    dq, dk, dv, _ = differentiate(backend, layout.tiles, dout, q, k, v, halo, out, lse, scale=scale, tell=tell)
+    for rows in coming:
+        take_home(_wait(rows), layout.sent, (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

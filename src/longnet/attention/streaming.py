@@ -16,7 +16,7 @@ from torch import Tensor
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.backends.triton import launch
-from longnet.attention.halo import attend_both, lay_out
+from longnet.attention.halo import attend, lay_out
 from longnet.attention.merge import merge_sinks_
 from longnet.attention.pattern import DilationPattern, kept_rows
 from longnet.attention.plan import Run, kept_tiles
@@ -157,16 +157,16 @@ class StreamState:
                 lse.fill_(-torch.inf)
             for run in runs:
                 self._attend_position(kernels.general, q, k, v, out, lse, run, scale, is_first=is_written)
+            if sinks is not None:
+                merge_sinks_(out, lse, sinks)
         else:
             layout = lay_out(
                 self.pattern, runs=runs, tokens=tokens, batch_size=q.shape[0], num_heads=q.shape[1],
                 num_kv_heads=k.shape[1], is_causal=True, earlier=tuple(self._edges),
             )  # fmt: skip
-            out, lse = attend_both(self.backend, layout, q, k, v, (self.keys, self.values), scale=scale)
+            out, _ = attend(self.backend, layout, q, k, v, (self.keys, self.values), sinks, scale=scale)
             self._keep(k, v, runs)
         self._advance(tokens, runs)
-        if sinks is not None:
-            merge_sinks_(out, lse, sinks)
         return out.to(q.dtype)
 
     def _step(

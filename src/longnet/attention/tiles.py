@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 import torch
@@ -12,11 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.cuda import INT32_MAX
 from longnet.attention.backends.dispatch import Kernels
-from longnet.attention.backends.triton import launch
-from longnet.attention.backends.triton.parts import ROW_BYTES, Part
-from longnet.attention.merge import per_query
-from longnet.attention.pattern import DilationPattern
-from longnet.attention.plan import Tile, Whole, plan, runs_of
+from longnet.attention.plan import Tile
 from longnet.attention.views import Block, blocks
 
 _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
@@ -43,9 +38,9 @@ def attend_tiles(
     merge = dispatch.merge_on(q.device)
     for tile in tiles:
         kernel = kernels.of(tile)
-        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q), groups_heads=kernel.groups_heads):
+        for block in blocks(tile, (q, out, lse), (k, v), max_rows(q), groups_heads=kernel.groups_heads):
             tile_out, tile_lse = kernel.attend(
-                block.q(q), _packed(block, k), _packed(block, v), is_causal=tile.is_causal, scale=scale
+                block.q(q), packed(block, k), packed(block, v), is_causal=tile.is_causal, scale=scale
             )
             if block.q_first:
                 out, lse = _write(out, block.q(out), tile_out), _write(lse, block.q(lse), tile_lse)
@@ -88,7 +83,7 @@ def differentiate_tiles(
     for tile in tiles:
         kernel = kernels.of(tile)
         q_like, kv_like = (dout, q, out, lse, dq), (k, v, dk, dv)
-        for block in blocks(tile, q_like, kv_like, _max_rows(q), groups_heads=kernel.groups_heads):
+        for block in blocks(tile, q_like, kv_like, max_rows(q), groups_heads=kernel.groups_heads):
             parts = kernel.attend_backward(
                 block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
                 is_causal=tile.is_causal, scale=scale,
@@ -100,115 +95,7 @@ def differentiate_tiles(
     return dq, dk, dv
 
 
-def combines(q: Tensor) -> bool:
-    """Say whether the parts that tiles of queries like q give are put together at once, where they lie.
-
-    That is a launch of Triton's, which has to prove itself on a device first. The addresses that it reads are a call's
-    own, so a CUDA graph, which outlives the call, must not hold it.
-    """
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return _combines_on(q.device) and q.dtype != torch.float64 and q.shape[3] * q.dtype.itemsize % ROW_BYTES == 0
-
-
-def has_few_parts(pattern: DilationPattern) -> bool:
-    """Say whether a row has about a part a branch: not where all queries see thinned keys, a tile for each phase."""
-    return pattern.queries == "kept" or max(pattern.dilation_rates) == 1
-
-
-def attend_combined(
-    kernels: Kernels, tiles: Iterable[Tile], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, whole: Whole, *,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return out (B, H, Tq, D) like q and lse of all tiles, put together at once; sinks included."""
-    out, lse = torch.empty_like(q), empty_lse(q)
-    parts = []
-    for tile in tiles:
-        kernel = kernels.of(tile)
-        for block in blocks(tile, (q, out, lse), (k, v), _max_rows(q), groups_heads=kernel.groups_heads):
-            tile_out, tile_lse = kernel.attend(
-                block.q(q), _packed(block, k), _packed(block, v), is_causal=tile.is_causal, scale=scale
-            )
-            parts.append(Part(tile.branch, block.q(out), _aligned(tile_out), tile_lse))
-    if not (whole.is_complete and parts):
-        out.zero_()
-        lse.fill_(-torch.inf) if sinks is None else lse.copy_(per_query(sinks, lse))
-    if parts:
-        launch.combine(parts, out, lse, sinks, whole, skipped=k.shape[2] - q.shape[2])
-    return out, lse
-
-
-def differentiate_combined(
-    kernels: Kernels,
-    tiles: Iterable[Tile],
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    whole: Whole,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv like q, k, v, as `attend_combined` does."""
-    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    parts: tuple[list[Part], ...] = [], [], []
-    for tile in tiles:
-        kernel = kernels.of(tile)
-        q_like, kv_like = (dout, q, out, lse, grads[0]), (k, v, *grads[1:])
-        for block in blocks(tile, q_like, kv_like, _max_rows(q), groups_heads=kernel.groups_heads):
-            found = kernel.attend_backward(
-                block.q(dout), block.q(q), block.kv(k), block.kv(v), block.q(out), block.q(lse),
-                is_causal=tile.is_causal, scale=scale,
-            )  # fmt: skip
-            places = block.q(grads[0]), block.kv_once(grads[1]), block.kv_once(grads[2])
-            for index, (place, part) in enumerate(zip(places, found, strict=True)):
-                once = part.sum(block.shared, keepdim=True) if index and block.shared else part
-                parts[index].append(Part(tile.branch, place, _aligned(once), None))
-    skipped = k.shape[2] - q.shape[2]
-    for index, (grad, of_grad) in enumerate(zip(grads, parts, strict=True)):
-        if not (whole.is_complete and of_grad and not skipped):
-            grad.zero_()
-        if of_grad:
-            launch.combine(of_grad, grad, None, None, whole, skipped=0 if index else skipped)
-    return grads
-
-
-def _aligned(part: Tensor) -> Tensor:
-    return part if launch.can_combine(part) else part.contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _combines_on(device: torch.device) -> bool:
-    """Say whether `launch.combine` runs on a device, and agrees there with the tiles put together one by one."""
-    doing, otherwise = "putting tiles together in one launch", "they are merged one by one"
-    return dispatch.proves_itself(device, _disagreement, doing=doing, otherwise=otherwise)
-
-
-def _disagreement(device: torch.device) -> float:
-    """Return how far the two ways are apart on numbers of order 1: out, log-sum-exp, gradients."""
-    generator = torch.Generator().manual_seed(0)
-    pattern, tokens = DilationPattern((16, 48, 64), (1, 2, 3)), 100
-    q, dout = torch.randn(2, 1, tokens, 4, 64, generator=generator).to(device).transpose(2, 3)
-    k, v = torch.randn(2, 1, tokens, 2, 64, generator=generator).to(device).transpose(2, 3)
-    runs = runs_of(None, 1, tokens)
-    tiles, _ = plan(
-        pattern, runs=runs, batch_size=1, q_tokens=tokens, k_tokens=tokens, num_heads=4, num_kv_heads=2, is_causal=True
-    )
-    kernels, whole = dispatch.choose("auto", device, q.dtype, 64), Whole(pattern, runs, True, True)
-    out, lse = attend_tiles(kernels, tiles, q, k, v, empty_like(q), empty_lse(q), scale=0.125)
-    given = dout, q, k, v, out, lse
-    room = empty_like(q), empty_like(k), empty_like(v)
-    want = out, lse, *differentiate_tiles(kernels, tiles, *given, room, scale=0.125)
-    got = (
-        *attend_combined(kernels, tiles, q, k, v, None, whole, scale=0.125),
-        *differentiate_combined(kernels, tiles, *given, whole, scale=0.125),
-    )
-    return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
-
-
-def _packed(block: Block, x: Tensor) -> Tensor:
+def packed(block: Block, x: Tensor) -> Tensor:
     """View the rows of keys or values; on the CPU close together where several phases of queries read them.
 
     Rows a power of two apart fall into few sets of the cache, and are fetched anew for each phase: at a rate of 64 the
@@ -277,7 +164,8 @@ def _write(total: Tensor, view: Tensor, part: Tensor) -> Tensor:
     return total
 
 
-def _max_rows(q: Tensor) -> int:
+def max_rows(q: Tensor) -> int:
+    """Return how many rows of queries like q (B, H, Tq, D) a kernel call should have at most."""
     if q.device.type != "cpu":
         return INT32_MAX
     return _CPU_CALL_BYTES * torch.get_num_threads() // (q.shape[3] * q.dtype.itemsize)

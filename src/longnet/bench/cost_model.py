@@ -6,7 +6,9 @@ needs longer. It says what is worth building, and what a measured figure has to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,7 @@ import torch
 
 from longnet.attention.backends.triton import launch
 from longnet.attention.pattern import DilationPattern, kept_rows
-from longnet.attention.plan import plan, runs_of
-from longnet.attention.tiles import has_few_parts
+from longnet.attention.plan import Tile, plan, runs_of
 from longnet.attention.views import blocks
 
 Row = dict[str, Any]
@@ -57,16 +58,22 @@ def costs(
     """
     dense = 4 * head_dim * num_heads * (tokens * (tokens + 1) // 2)
     flops = pattern.flops(tokens=tokens, num_heads=num_heads, head_dim=head_dim, is_causal=True)
-    calls, thinned = _calls(tokens, pattern, num_heads, head_dim)
+    tiles = plan(
+        pattern, runs=runs_of(None, 1, tokens), batch_size=1, q_tokens=tokens, k_tokens=tokens,
+        num_heads=num_heads, num_kv_heads=num_heads, is_causal=True,
+    ).tiles  # fmt: skip
     for index, (way, factor) in enumerate((("forward", 1.0), ("backward", 2.5))):
         rate = device.dense_flops[index]
         dense_seconds = factor * dense / rate
         for path in ("tiles", "fused"):
             waste = _waste(device, path, tokens, pattern, num_heads, head_dim)
-            moved = num_heads * head_dim * _bytes_per_channel(path, way, tokens, pattern)
-            # What puts parts together reads addresses that are sent; cuDNN's backward reads copies of lse, out, dout.
-            at_once = (calls + 2, 2 * (calls + thinned) + 6) if has_few_parts(pattern) else (2 * calls, 6 * calls)
-            launches = {"tiles": at_once[index], "fused": index + 1}[path]
+            if path == "tiles":
+                moved: float = head_dim * (kernel_bytes(way, tiles) + combined_bytes(way, tiles, tokens * num_heads))
+                # What puts parts together reads addresses, which are sent before.
+                launches = kernel_launches(way, tiles, tokens, num_heads) + 2 * (1 + 2 * index)
+            else:
+                moved = num_heads * head_dim * _fused_bytes(way, tokens, pattern)
+                launches = index + 1
             share = 1.0 if path == "tiles" else device.fused_share
             computing = factor * flops * waste / (rate * share)
             seconds = max(computing + moved / device.bytes_per_second, launches * device.launch_seconds)
@@ -88,15 +95,25 @@ def costs(
             }
 
 
-def _calls(tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> tuple[int, int]:
-    """Count the kernel calls of the tiled path, and those of thinned queries, from the plan that it follows."""
-    x = torch.empty(1, tokens, num_heads, head_dim, device="meta", dtype=torch.bfloat16).transpose(1, 2)
-    tiles = plan(
-        pattern, runs=runs_of(None, 1, tokens), batch_size=1, q_tokens=tokens, k_tokens=tokens,
-        num_heads=num_heads, num_kv_heads=num_heads, is_causal=True,
-    ).tiles  # fmt: skip
-    counts = [(tile.q_rate, len(blocks(tile, (x,), (x,), 2**31 - 1, groups_heads=True))) for tile in tiles]
-    return sum(count for _, count in counts), sum(count for rate, count in counts if rate > 1)
+def kernel_launches(way: str, tiles: Iterable[Tile], tokens: int, num_heads: int, *, is_planned: bool = True) -> int:
+    """Count the launches of tiles, from the views that they are cut into, without what puts their parts together.
+
+    Backward, a kernel reads a copy of the log-sum-exp, and gradients of keys that queries of several phases or heads
+    share are added up. With `is_planned`, cuDNN takes whole segments, and copies out and dout of rows that are thinned.
+    """
+    x = torch.empty(1, tokens, num_heads, 64, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    count = 0
+    for tile in tiles:
+        calls = blocks(tile, (x,), (x,), 2**31 - 1, groups_heads=True)
+        count += len(calls)
+        if way == "forward":
+            continue
+        rows = [call.q(x) for call in calls]
+        if is_planned and tile.is_whole and min(tile.q_rows, tile.k_rows) > 1:
+            count += 2 * sum(view.stride() != torch.empty_like(view).stride() for view in rows)
+        at = Counter(call.kv_once(x).storage_offset() for call in calls)  # calls that share their keys: stack, sum
+        count += len(calls) + 2 * sum(bool(call.shared) for call in calls) + 2 * 2 * sum(n > 1 for n in at.values())
+    return count
 
 
 def _waste(device: Device, path: str, tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> float:
@@ -116,28 +133,42 @@ def _waste(device: Device, path: str, tokens: int, pattern: DilationPattern, num
     return computed / useful
 
 
-def combined_bytes(way: str, tokens: int, pattern: DilationPattern) -> float:
-    """Return the bytes that one channel of one head moves as parts are put together: all read, one sum written."""
-    rows = sum(tokens / rate for _, rate in pattern.branches)
-    return {"forward": 1, "backward": 3}[way] * 2 * (rows + tokens)
-
-
-def _bytes_per_channel(path: str, way: str, tokens: int, pattern: DilationPattern) -> float:
-    """Return the bytes that one channel of one head moves: 16-bit tensors, sums in float32 between branches.
-
-    Tiles of a pattern that thins its queries leave no sums, but parts, which are put together at once.
-    """
-    is_combined = path == "tiles" and has_few_parts(pattern)
-    total = combined_bytes(way, tokens, pattern) if is_combined else {"forward": 6, "backward": 18}[way] * tokens
-    for index, (_, rate) in enumerate(sorted(pattern.branches, key=lambda branch: branch[1])):
-        keys, queries = tokens / rate, tokens / (1 if pattern.queries == "all" else rate)
-        merging = (2 + 4) if index == 0 else (2 + 4 + 4)  # the first is written, later ones are merged
-        summing = 8 if path == "fused" else 2 if is_combined else 2 + merging
+def kernel_bytes(way: str, tiles: Iterable[Tile], *, is_planned: bool = True) -> int:
+    """Return the bytes that one channel of the kernels of tiles moves, in 16 bits, parts written included."""
+    total = 0
+    for tile in tiles:
+        queries, keys, once = rows_of(tile)
         if way == "forward":
-            total += 4 * keys + (2 + summing) * queries
+            total += 4 * once + (2 + 2) * queries
+            continue
+        total += 2 * (4 * once + 3 * 2 * queries)  # q, out, dout and k, v read, by each of its two passes
+        total += 2 * (2 + 2) * queries if is_planned and tile.q_rate > 1 else 0  # out and dout, copied for cuDNN
+        total += 2 * (queries + 2 * keys)
+        total += 2 * 2 * (keys + once) if keys > once else 0  # added up over the queries that share a key
+    return total
+
+
+def combined_bytes(way: str, tiles: Iterable[Tile], rows: int) -> int:
+    """Return the bytes that one channel moves as parts of so many rows are put together: all read, one sum written."""
+    counts = [rows_of(tile) for tile in tiles]
+    total = 2 * (sum(queries for queries, _, _ in counts) + rows)
+    return total if way == "forward" else total + 2 * 2 * (sum(once for _, _, once in counts) + rows)
+
+
+def rows_of(tile: Tile) -> tuple[int, int, int]:
+    """Return a tile's rows of queries and of keys, over all repetitions, and those of keys that are not the same."""
+    repeats = math.prod(axis.size for axis in tile.axes)
+    apart = math.prod(axis.size for axis in tile.axes if axis.row or axis.kv_position or axis.kv_head)
+    return tile.q_rows * repeats, tile.k_rows * repeats, tile.k_rows * apart
+
+
+def _fused_bytes(way: str, tokens: int, pattern: DilationPattern) -> float:
+    """Return the bytes that one channel of one head moves: 16-bit tensors, sums in float32 between branches."""
+    total = {"forward": 6.0, "backward": 18.0}[way] * tokens
+    for _, rate in pattern.branches:
+        keys, queries = tokens / rate, tokens / (1 if pattern.queries == "all" else rate)
+        if way == "forward":
+            total += 4 * keys + (2 + 8) * queries
         else:
-            kernel = 2 * (4 * keys + 3 * 2 * queries)  # q, out, dout and k, v read, by each of its two passes
-            if path == "tiles" and rate > 1:
-                kernel += 2 * (2 + 2) * queries  # out and dout, copied: cuDNN wants the layout that it gave
-            total += kernel + summing * (queries + 2 * keys)
+            total += 2 * (4 * keys + 3 * 2 * queries) + 8 * (queries + 2 * keys)
     return total

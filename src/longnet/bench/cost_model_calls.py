@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Run, Tile
 from longnet.attention.slices import SliceLayout, lay_out_slice
 from longnet.attention.streaming import StreamState
-from longnet.attention.views import blocks
-from longnet.bench.cost_model import Device, Row
+from longnet.bench.cost_model import Device, Row, combined_bytes, kernel_bytes, kernel_launches, rows_of
 
 
 def slice_costs(
@@ -39,21 +38,18 @@ def slice_costs(
         dense_seconds = max(factor * dense / rate, dense_travel / device.link_bytes_per_second)
         for path in ("tiles", "fused"):
             share = 1.0 if path == "tiles" else device.fused_share
-            seconds, moved, launches = [], 0.0, 0
-            for tiles in (layout.tiles.own, layout.tiles.halo):
-                bytes_ = head_dim * sum(_bytes_of(tile, path, way) for tile in tiles)
-                computed = factor * 4 * head_dim * sum(tile.pairs for tile in tiles)
-                seconds.append(computed / (rate * share) + bytes_ / device.bytes_per_second)
-                moved += bytes_
-                if path == "tiles":
-                    launches += slice_launches(tiles, tokens // ranks, num_heads, way)
-                elif tiles:
-                    launches += index + 1
-            casts = (1, 3)[index] * (4 + 2) * num_heads * head_dim * tokens // ranks
-            launches += (1, 3)[index]
-            moved += casts
+            own, halo = (
+                factor * 4 * head_dim * sum(tile.pairs for tile in tiles) / (rate * share)
+                + head_dim * _slice_bytes(tiles, path, way) / device.bytes_per_second
+                for tiles in (layout.tiles.own, layout.tiles.halo)
+            )
+            rows = num_heads * tokens // ranks
+            moved = head_dim * sum(_slice_bytes(tiles, path, way) for tiles in (layout.tiles.own, layout.tiles.halo))
+            rest = head_dim * _rest_bytes(layout, path, way, rows)
+            moved += rest
+            launches = slice_launches(layout, path, way, tokens // ranks, num_heads)
             travel = received / device.link_bytes_per_second
-            total = max(seconds[0], travel) + seconds[1] + casts / device.bytes_per_second
+            total = max(own, travel) + halo + rest / device.bytes_per_second
             total = max(total, launches * device.launch_seconds)
             yield {
                 "case": "slice",
@@ -83,27 +79,44 @@ def slice_layout(tokens: int, ranks: int, rank: int, pattern: DilationPattern, n
     )  # fmt: skip
 
 
-def slice_launches(tiles: tuple[Tile, ...], tokens: int, num_heads: int, way: str) -> int:
-    """Count the launches of tiles that are merged one by one, each by one launch of Triton's; casts are not among them.
+def slice_launches(layout: SliceLayout, path: str, way: str, tokens: int, num_heads: int) -> int:
+    """Count the launches of a rank's attention, casts among them, without rooms that are set to zero.
 
-    Backward, a call's log-sum-exp is copied, and the three results are added up.
+    Backward, gradients of the halo's rows are added tile by tile on the tiled path, and in another launch on the fused
+    one, as is the halo's share of dq.
     """
-    x = torch.empty(1, tokens, num_heads, 64, device="meta").transpose(1, 2)
-    count = 0
-    for tile in tiles:
-        calls = blocks(tile, (x,), (x,), 2**31 - 1, groups_heads=True)
-        count += len(calls) * (5 if way == "backward" else 3 if tile.is_first else 2)
-    return count
-
-
-def _bytes_of(tile: Tile, path: str, way: str) -> int:
-    """Return the bytes that one channel of a tile moves, as `cost_model` counts them."""
-    repeats = math.prod(axis.size for axis in tile.axes)
-    queries, keys = tile.q_rows * repeats, tile.k_rows * repeats
-    summing = 8 if path == "fused" else 2 + (2 + 4 if tile.is_first else 2 + 4 + 4)
+    own, halo = layout.tiles.own, layout.tiles.halo
+    if path == "fused":
+        return 2 + 1 if way == "forward" else 4 + 1 + 3  # out, or dq, dk and dv, are cast
+    count = sum(kernel_launches(way, tiles, tokens, num_heads, is_planned=False) for tiles in (own, halo))
     if way == "forward":
-        return 4 * keys + (2 + summing) * queries
-    return 2 * (4 * keys + 3 * 2 * queries) + summing * (queries + 2 * keys)
+        return count + 2
+    return count + 2 * kernel_launches("forward", halo, tokens, num_heads) + 2 * 3 + 2
+
+
+def _slice_bytes(tiles: tuple[Tile, ...], path: str, way: str) -> int:
+    """Return the bytes that one channel of the tiles' kernels moves, as `cost_model` counts them."""
+    if path == "tiles":
+        return kernel_bytes(way, tiles, is_planned=False)
+    total = 0
+    for tile in tiles:
+        queries, keys, _ = rows_of(tile)
+        total += (
+            4 * keys + (2 + 8) * queries if way == "forward" else 8 * keys + 12 * queries + 8 * (queries + 2 * keys)
+        )
+    return total
+
+
+def _rest_bytes(layout: SliceLayout, path: str, way: str, rows: int) -> int:
+    """Return the bytes that one channel moves beside the kernels: parts put together, halo's gradients, casts."""
+    own, halo = layout.tiles.own, layout.tiles.halo
+    if path == "fused":
+        return (1 if way == "forward" else 3) * (4 + 2) * rows
+    if way == "forward":
+        return combined_bytes(way, (*own, *halo), rows)
+    # dk and dv are written in float32, since rows come home to them, and then cast.
+    total = combined_bytes(way, own, rows) + sum(2 * rows_of(tile)[0] for tile in halo) + 2 * (2 + 4 + 2) * rows
+    return total + sum(2 * (2 + 4 + 4) * rows_of(tile)[2] for tile in halo)
 
 
 def token_costs(
@@ -156,22 +169,25 @@ def token_launches(tokens: int, pattern: DilationPattern, num_heads: int) -> int
     )  # fmt: skip
     state.first = [0]
     token = torch.zeros(1, num_heads, 1, 8, dtype=torch.bfloat16)
-    with _Launches() as there:
+    with _Launches("cpu") as there:
         state.attend(token, token, token, scale=None)
     counts: dict[str, int] = dict(there.counts)
     return sum(counts.values()) - 6 * counts.get("aten::lerp_.Tensor", 0)  # plain PyTorch merges in seven
 
 
 class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """Counts operators that compute: neither views nor what only makes room."""
+    """Counts operators that compute on a device, or bring something there: neither views nor what only makes room."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
+        self._device_type = device_type
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function._schema.returns
         is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in results)
-        if not is_view and not any(name in function.name() for name in ("empty", "promote_types")):
+        made = function(*args, **(kwargs or {}))
+        is_there = any(x.device.type == self._device_type for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+        if is_there and not is_view and not any(name in function.name() for name in ("empty", "promote_types")):
             self.counts[function.name()] += 1
-        return function(*args, **(kwargs or {}))
+        return made

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cases import Case, cases, patterns
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import tiles
+from longnet.attention import combined, reference
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
 from longnet.attention.chunks import Tape
@@ -44,20 +44,92 @@ def test_any_call_in_16_bits(case, dtype):
     check(case, dtype)
 
 
-@settings(max_examples=8)
-@given(case=cases(head_dims=(16, 24), max_tokens=40), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_parts_put_together_where_they_lie(case, dtype):
-    """The tiled path over the CPU's kernel, whose results are read in one launch: any call, forward and backward."""
+def together(patch, most=6):
+    """Have the tiled path put its parts together, over the CPU's kernel."""
+    patch.setattr(combined, "_combines_on", lambda _: True)
+    patch.setattr(combined, "_MOST_RESULTS", most)
+
+
+@settings(max_examples=10)
+@given(
+    case=cases(head_dims=(16, 24), max_tokens=40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    most=st.sampled_from([6, 6, 0, 1]),
+)
+def test_parts_put_together_where_they_lie(case, dtype, most):
+    """The tiled path, whose results are read in one launch, or in several where memory ends: any call, both ways."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_combines_on", lambda _: True)
+        together(patch, most)
         check(case, dtype, "sdpa")
 
 
+@settings(max_examples=4)
+@given(
+    cut_sequences(max_tokens=30, ranks=(2, 3)),
+    patterns(min_length=5),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.sampled_from([6, 6, 0]),
+    st.integers(0, 2**31),
+)
+def test_parts_of_slices_put_together(sequence, pattern, kv_heads, group, is_causal, most, seed):
+    """Own parts wait for those of rows that travel; the gradients of those are told before own ones are computed."""
+    tokens, batch, edges, bounds = sequence
+    torch.manual_seed(seed)
+    q, dout = torch.randn(2, batch, kv_heads * group, tokens, 16)
+    k, v = torch.randn(2, batch, kv_heads, tokens, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        together(patch, most)
+        found, _ = simulate(q, k, v, dout, pattern, edges, bounds=bounds, is_causal=is_causal, scale=0.25)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference.attend(*leaves, pattern, bounds=bounds, is_causal=is_causal, scale=0.25)
+    grads = torch.autograd.grad(out, leaves, dout.double())
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, (out, lse, *grads), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=SAME_FLOAT32, atol=SAME_FLOAT32, msg=name)
+
+
+@settings(max_examples=3)
+@given(sequences(max_tokens=30), patterns(min_length=5), st.integers(1, 2), st.integers(0, 2**31))
+def test_parts_of_chunks_put_together(sequence, pattern, group, seed):
+    tokens, batch, bounds, chunk_tokens = sequence
+    torch.manual_seed(seed)
+    q, dout = torch.randn(2, batch, 2 * group, tokens, 16)
+    k, v = torch.randn(2, batch, 2, tokens, 16)
+    sinks = torch.ones(2 * group)
+    with pytest.MonkeyPatch.context() as patch:
+        together(patch)
+        tape = Tape([pattern], tokens=tokens, chunk_tokens=max(7, chunk_tokens), bounds=bounds)
+        (found,) = learn([(q, k, v, dout, sinks)], tape)
+    leaves = [x.double().requires_grad_() for x in (q, k, v, sinks)]
+    out, _ = reference.attend(*leaves[:3], pattern, bounds=bounds, is_causal=True, scale=0.4, sinks=leaves[3])
+    grads = torch.autograd.grad(out, leaves, dout.double())
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), found, (out, *grads), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=2 * SAME_FLOAT32, atol=2 * SAME_FLOAT32, msg=name)
+
+
+@settings(max_examples=4)
+@given(texts(max_tokens=20, head_dims=(16,), starts=st.sampled_from([0, 7, 100, 2**40])))
+def test_parts_of_streams_put_together(text):
+    with pytest.MonkeyPatch.context() as patch:
+        together(patch)
+        out, _ = text.run(torch.float32)
+    torch.testing.assert_close(out, text.oracle().float(), rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
+
+
+@pytest.mark.parametrize("queries", ["kept", "all"])
+def test_parts_of_segments_beyond_32_bits(queries, monkeypatch):
+    together(monkeypatch)
+    q, k, v = torch.randn(3, 1, 2, 40, 16, dtype=torch.float64)
+    check(Case(q, k, v, DilationPattern((8, 2**40), (1, 3), queries=queries), True), torch.float32, "sdpa")
+
+
+@pytest.mark.parametrize("queries", ["kept", "all"])
 @pytest.mark.parametrize("layout", ["BTHD", "BHTD"])
-def test_parts_of_documents_in_one_launch_each(layout, monkeypatch):
+def test_parts_of_documents_in_one_launch_each(layout, queries, monkeypatch):
     """Three documents, and heads that share keys: out, and each gradient, is one launch."""
     launched, launch_once = [], launch._launch
-    monkeypatch.setattr(tiles, "_combines_on", lambda _: True)
+    monkeypatch.setattr(combined, "_combines_on", lambda _: True)
     monkeypatch.setattr(
         launch,
         "_launch",
@@ -66,7 +138,8 @@ def test_parts_of_documents_in_one_launch_each(layout, monkeypatch):
     q, k, v = (torch.randn(1, heads, 70, 16, dtype=torch.float64) for heads in (4, 2, 2))
     if layout == "BTHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    case = Case(q, k, v, DilationPattern((8, 20, 24), (1, 3, 2)), True, {"cu_seqlens": torch.tensor([0, 30, 31, 70])})
+    pattern = DilationPattern((8, 20, 24), (1, 3, 2), queries=queries)
+    case = Case(q, k, v, pattern, True, {"cu_seqlens": torch.tensor([0, 30, 31, 70])})
     check(case, torch.float32, "sdpa")
     assert launched == ["combine"] * 4
 
@@ -245,7 +318,7 @@ def test_merging_in_one_launch():
 
 
 def test_putting_parts_together_proves_itself():
-    assert tiles._disagreement(torch.device("cpu")) < 1e-6
+    assert combined._disagreement(torch.device("cpu")) < 1e-6
 
 
 def test_the_same_bits_at_every_run():

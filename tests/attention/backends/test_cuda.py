@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import simulated
 from cases import cases
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import dilated, registration, sparse_fixed, tiles
+from longnet.attention import combined, dilated, registration, sparse_fixed
 from longnet.attention.backends import cuda, dispatch
 from longnet.attention.backends.triton import launch
 from longnet.attention.tiles import is_aligned, rows_dense
@@ -281,12 +281,12 @@ def test_launches_of_the_papers_pattern_at_32k(monkeypatch):
 
 
 @pytest.fixture
-def combined(monkeypatch):
+def put_together(monkeypatch):
     """Parts put together by one launch: give a list to which each adds the tensors that it reads and writes."""
     pytest.importorskip("triton", reason="needs Triton: pip install 'longnet-torch[triton]'")
     calls, combine = [], launch.combine
     monkeypatch.setattr(launch, "_launch", lambda *_, **__: None)
-    monkeypatch.setattr(tiles, "_combines_on", lambda _: True)
+    monkeypatch.setattr(combined, "_combines_on", lambda _: True)
 
     def count(parts, out, lse, *rest, **more):
         given = [x for part in parts for x in (part.out, part.lse) if x is not None]
@@ -297,37 +297,43 @@ def combined(monkeypatch):
     return calls
 
 
-def test_parts_are_put_together_in_one_launch_and_one_pass(combined, monkeypatch):
-    """The paper's pattern at 64K × 32 × 128: 1.6 GB forward and 4.8 GB backward, as the model of costs has it."""
+@pytest.mark.parametrize(
+    ("queries", "gigabytes", "launches"), [("kept", (1.61, 4.83), (19, 72)), ("all", (3.22, 7.52), (81, 336))]
+)
+def test_parts_are_put_together_in_one_launch_and_one_pass(queries, gigabytes, launches, put_together, monkeypatch):
+    """The paper's pattern at 64K × 32 × 128, bytes and launches as the model of costs has them."""
     use(monkeypatch, cuda.CuDNN(), cuda.FlashCUDA())
     q, k, v = torch.empty(3, 1, 65536, 32, 128, dtype=torch.bfloat16, device="meta").transpose(2, 3)
-    arguments = (*DilationPattern.paper().arguments, True, 0.1, "auto")
+    paper = DilationPattern.paper()
+    pattern = DilationPattern(paper.segment_lengths, paper.dilation_rates, queries=queries)
+    arguments = (*pattern.arguments, True, 0.1, "auto")
     forward, backward = registration.implement(dilated._lay_out, dilated._as_one)
     out, lse = forward(q, k, v, None, None, *arguments)  # and once more, since the first call sends tables
     backward(out, q, k, v, out, lse, None, *arguments)
-    combined.clear()
+    put_together.clear()
     with Launches() as there:
         out, lse = forward(q, k, v, None, None, *arguments)
-    moved = [sum(x.nbytes for x in tensors if x.ndim == 4) for tensors in combined]
-    combined.clear()
+    moved = [sum(x.nbytes for x in tensors if x.ndim == 4) for tensors in put_together]
+    put_together.clear()
     with Launches() as back:
         backward(out, q, k, v, out, lse, None, *arguments)
-    moved_back = [sum(x.nbytes for x in tensors if x.ndim == 4) for tensors in combined]
-    # What a launch reads of addresses is sent before it.
-    assert there.counts == {"_scaled_dot_product_cudnn_attention": 17, "_to_copy": 1}
-    assert back.counts == {
-        "_scaled_dot_product_cudnn_attention_backward": 17, "_to_copy": 3,
-        "clone": 17, "copy_": 32,  # what cuDNN reads in a layout of its own: log-sum-exps, and rows of thinned branches
-    }  # fmt: skip
+    moved_back = [sum(x.nbytes for x in tensors if x.ndim == 4) for tensors in put_together]
+    if queries == "kept":
+        # What a launch reads of addresses is sent before it.
+        assert there.counts == {"_scaled_dot_product_cudnn_attention": 17, "_to_copy": 1}
+        assert back.counts == {
+            "_scaled_dot_product_cudnn_attention_backward": 17, "_to_copy": 3,
+            "clone": 17, "copy_": 32,  # what cuDNN reads in a layout of its own: log-sum-exps, rows of thinned branches
+        }  # fmt: skip
     assert (len(moved), len(moved_back)) == (1, 3)
-    assert sum(moved) == pytest.approx(1.61e9, rel=0.01)
-    assert sum(moved_back) == pytest.approx(4.83e9, rel=0.01)
-    rows = cost_model.costs(cost_model.DEVICES["h100"], 65536, DilationPattern.paper())
-    launches = {row["way"]: row["launches"] for row in rows if row["path"] == "tiles"}
-    assert launches == {"forward": there.counts.total() + 1, "backward": back.counts.total() + 3}
+    assert (sum(moved), sum(moved_back)) == pytest.approx([1e9 * bytes_ for bytes_ in gigabytes], rel=0.01)
+    rows = cost_model.costs(cost_model.DEVICES["h100"], 65536, pattern)
+    modelled = {row["way"]: row["launches"] for row in rows if row["path"] == "tiles"}
+    assert modelled == {"forward": there.counts.total() + 1, "backward": back.counts.total() + 3}
+    assert tuple(modelled.values()) == launches
+    (part,) = dilated._lay_out(q, k, None, *arguments[:-2]).parts
     for way, bytes_ in (("forward", sum(moved)), ("backward", sum(moved_back))):
-        modelled = 32 * 128 * cost_model.combined_bytes(way, 65536, DilationPattern.paper())
-        assert bytes_ == pytest.approx(modelled, rel=0.001)
+        assert bytes_ == 128 * cost_model.combined_bytes(way, part.tiles, 65536 * 32)
 
 
 @pytest.mark.parametrize("found", [0.0, 1e-3, RuntimeError("no compiler")], ids=["agrees", "differs", "fails"])
@@ -338,18 +344,18 @@ def test_putting_parts_together_has_to_prove_itself(found, monkeypatch, caplog):
         return found
 
     monkeypatch.setattr(launch, "is_installed", lambda: True)
-    monkeypatch.setattr(tiles, "_disagreement", disagreement)
-    assert tiles._combines_on.__wrapped__(torch.device("cuda")) is (found == 0.0)
+    monkeypatch.setattr(combined, "_disagreement", disagreement)
+    assert combined._combines_on.__wrapped__(torch.device("cuda")) is (found == 0.0)
     assert caplog.text.count("they are merged one by one on cuda") == (found != 0.0)
 
 
-def test_under_capture_parts_are_merged_one_by_one(combined, monkeypatch):
+def test_under_capture_parts_are_merged_one_by_one(put_together, monkeypatch):
     """A graph outlives the addresses of a call's parts."""
     q = torch.randn(1, 2, 32, 16)
-    assert tiles.combines(q)
+    assert combined.combines(q)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not tiles.combines(q)
+    assert not combined.combines(q)
 
 
 def test_launches_of_packed_documents(monkeypatch):

@@ -356,7 +356,14 @@ def can_combine(*parts: Tensor) -> bool:
 
 
 def combine(
-    parts: list[Part], out: Tensor, lse: Tensor | None, sinks: Tensor | None, whole: Whole, *, skipped: int
+    parts: list[Part],
+    out: Tensor,
+    lse: Tensor | None,
+    sinks: Tensor | None,
+    whole: Whole,
+    *,
+    skipped: int,
+    is_more: bool = False,
 ) -> None:
     """Write a result whose parts tiles have computed, in one launch; what lies in no run is left.
 
@@ -367,6 +374,7 @@ def combine(
         sinks: (H,) or (B, H, T), logits of one more key of value 0, or None.
         whole: what attends to what.
         skipped: positions at hand before the first of the result's.
+        is_more: earlier parts are in `out` and `lse`, and count.
     """
     from longnet.attention.backends.triton import combine as kernels
 
@@ -382,7 +390,7 @@ def combine(
     _launch(
         kernels.combine, (table.work.shape[0], out.shape[1]),
         out, lse, logits, like, entries_of(table, parts, out.device), table.layers, table.bases, table.work,
-        table.layers.shape[0], out.shape[1], *out.stride()[:3], *lse.stride(), *logits.stride(),
+        table.layers.shape[0], out.shape[1], int(is_more), *out.stride()[:3], *lse.stride(), *logits.stride(),
         SOFTMAX=is_softmax, HAS_SINKS=sinks is not None, ROWS=blocks.rows, D=head_dim, DP=padded(head_dim),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

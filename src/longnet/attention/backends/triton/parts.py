@@ -21,12 +21,14 @@ class Part(NamedTuple):
 
     Attributes:
         branch: whose rows they are.
+        phases: of the branch's rows of a head, which come one by one: the distance of the rows; 1 where these are all.
         rows: (…, …, rows, D), the rows of the result that it gives to, a view of that.
         out: alike, what it gives, last stride 1.
         lse: (…, …, rows), float32; None where parts are added up.
     """
 
     branch: int
+    phases: int
     rows: Tensor
     out: Tensor
     lse: Tensor | None
@@ -36,6 +38,8 @@ class Placed(NamedTuple):
     """A part without its addresses: (batch, heads, rows) of it, where they go, and the strides of what it gives."""
 
     branch: int
+    rate: int
+    phases: int
     sizes: Steps
     offset: int
     steps: Steps
@@ -47,10 +51,10 @@ class Table(NamedTuple):
     """What a launch reads, see `combine.combine`; ENTRIES lack their addresses, whose parts `owners` tells.
 
     Attributes:
-        entries: (n, 6) int64, on the CPU.
+        entries: (n, 7) int64, on the CPU.
         owners: (n,) int64, on the CPU.
         layers: (layers, 2) int32.
-        bases: (documents, layers) int32.
+        bases: (documents, layers, 3) int32.
         work: (blocks, 5) int32.
     """
 
@@ -65,6 +69,8 @@ def placed(part: Part, result: Tensor) -> Placed:
     """Return a part as what a table depends on."""
     return Placed(
         part.branch,
+        part.rows.stride(2) // result.stride(2),
+        part.phases,
         tuple(part.rows.shape[:3]),
         int(part.rows.storage_offset() - result.storage_offset()),
         part.rows.stride()[:2],
@@ -96,63 +102,84 @@ def table_of(
         block: positions of a program.
         device: of all but the entries.
     """
-    documents = [
-        (row, run.start - skipped, run.stop - run.start)
-        for run in whole.runs
-        for row in range(run.row, run.row + run.rows)
-        if run.stop > skipped
-    ]
-    rows, starts, tokens = torch.tensor(documents, dtype=torch.int64).view(-1, 3).unbind(1)
-    lengths, rates = torch.tensor(whole.pattern.branches, dtype=torch.int64).unbind(1)
+    documents = []  # batch row, first position at hand, how many, and how many of the document's lie before it
+    for run in whole.runs:
+        start = run.start - skipped
+        first = max(start + run.first, 0)
+        if run.stop - skipped > first:
+            documents += [
+                (row, first, run.stop - skipped - first, first - start) for row in range(run.row, run.row + run.rows)
+            ]
+    rows, firsts, tokens, before = torch.tensor(documents, dtype=torch.int64).view(-1, 4).unbind(1)
+    kinds = sorted({(part.branch, part.rate, part.phases) for part in parts})
+    branches, rates, phases = torch.tensor(kinds, dtype=torch.int64).unbind(1)
+    length, inside = _within_32_bits(
+        torch.tensor(whole.pattern.segment_lengths, dtype=torch.int64)[branches, None], before, tokens, rates[:, None]
+    )
     # One row for each (batch, head) of each part: all of them at once, since packed documents have many.
-    columns = [(*part[1], part[0], part[2], *part[3], *part[4], *(part[5] or (0, 0, 0))) for part in parts]
+    columns = [
+        (*part[3], kinds.index(part[:3]), part[4], *part[5], *part[6], *(part[7] or (0, 0, 0))) for part in parts
+    ]
     sizes = torch.tensor(columns, dtype=torch.int64)
     counts = sizes[:, 0] * sizes[:, 1]
     owners = torch.repeat_interleave(torch.arange(len(parts)), counts)
-    _, n_heads, n_rows, branch, offset, *steps = sizes[owners].unbind(1)
+    _, n_heads, n_rows, kind, offset, *steps = sizes[owners].unbind(1)
     index = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
     at, head = index // n_heads, index % n_heads
-    b, h, p = _decode(offset + at * steps[0] + head * steps[1], shape, strides)
-    firsts = rows * shape[2] + starts.clamp(min=0)
-    order = torch.argsort(firsts)
-    document = order[torch.searchsorted(firsts[order], b * shape[2] + p, right=True) - 1]
-    inside = p - starts[document]
-    # A branch has an entry for each segment and head; where several parts ask for one, each has a layer of its own.
-    segments = -(-tokens // lengths[:, None]) * shape[1]  # (branches, documents)
-    bases = (segments.cumsum(1) - segments)[branch, document]
-    places = bases + inside // lengths[branch] * shape[1] + h
-    totals = segments.sum(1)
-    keys = (totals.cumsum(0) - totals)[branch] + places
+    b, h, t = _decode(offset + at * steps[0] + head * steps[1], shape, strides)
+    order = torch.argsort(rows * shape[2] + firsts)
+    document = order[torch.searchsorted((rows * shape[2] + firsts)[order], b * shape[2] + t, right=True) - 1]
+    u = t - firsts[document] + inside[kind, document]
+    segment, u = u // length[kind, document], u % length[kind, document]
+    row, phase = u // rates[kind], u % rates[kind]
+    # A kind has an entry for each segment, head and phase; where several parts ask for one, each has a layer.
+    needed = ((tokens - 1 + inside) // length + 1) * shape[1] * phases[:, None]  # (kinds, documents)
+    places = (needed.cumsum(1) - needed)[kind, document]
+    places += (segment * shape[1] + h) * phases[kind] + torch.where(phases[kind] > 1, phase, 0)
+    totals = needed.sum(1)
+    keys = (totals.cumsum(0) - totals)[kind] + places
     order = torch.argsort(keys, stable=True)
     _, inverse, times = torch.unique_consecutive(keys[order], return_inverse=True, return_counts=True)
     turn = torch.empty_like(order)
     turn[order] = torch.arange(len(order)) - (times.cumsum(0) - times)[inverse]
-    layers = torch.unique(torch.stack([branch, turn], 1), dim=0)
-    begins = totals[layers[:, 0]].cumsum(0) - totals[layers[:, 0]]
-    layer = torch.searchsorted(layers[:, 0] * len(keys) + layers[:, 1], branch * len(keys) + turn)
-    entries = torch.zeros(int(totals[layers[:, 0]].sum()), 6, dtype=torch.int64)
+    layers, layer = torch.unique(torch.stack([kind, turn], 1), dim=0, return_inverse=True)
+    of_layer = layers[:, 0]
+    begins = totals[of_layer].cumsum(0) - totals[of_layer]
+    entries = torch.zeros(int(totals[of_layer].sum()), 7, dtype=torch.int64)
     of_entry = torch.zeros(len(entries), dtype=torch.int64)
     places += begins[layer]
     entries[places] = torch.stack(
         [
-            itemsize * (at * steps[2] + head * steps[3]), steps[4],
-            4 * (at * steps[5] + head * steps[6]), steps[7],
-            inside, n_rows,
+            itemsize * (at * steps[2] + head * steps[3] - row * steps[4]), steps[4],
+            4 * (at * steps[5] + head * steps[6] - row * steps[7]), steps[7],
+            row, row + n_rows, phase,
         ], 1,
     )  # fmt: skip
     of_entry[places] = owners
     work = [
-        (row, start, length, first, document)
-        for document, (row, start, length) in enumerate(documents)
-        for first in range(max(0, -start), length, block)
+        (row, first, count, block_first, document)
+        for document, (row, first, count, _) in enumerate(documents)
+        for block_first in range(0, count, block)
     ]
+    bases = begins[:, None] + (needed.cumsum(1) - needed)[of_layer]
     return Table(
         entries,
         of_entry,
-        send(torch.stack([lengths, rates], 1)[layers[:, 0]].int(), device),
-        send((begins[:, None] + (segments.cumsum(1) - segments)[layers[:, 0]]).T.int().contiguous(), device),
+        send(torch.stack([rates, phases], 1)[of_layer].int(), device),
+        send(torch.stack([bases, length[of_layer], inside[of_layer]], 2).transpose(0, 1).int().contiguous(), device),
         send(torch.tensor(work, dtype=torch.int32).view(-1, 5), device),
     )
+
+
+def _within_32_bits(length: Tensor, before: Tensor, tokens: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a shorter segment, and how much of it lies before a document's first position at hand.
+
+    Ends of segments, and what is left of a position after division by the rate, are where they were among so many
+    tokens: a stream is at any position, and a segment as long as may be.
+    """
+    inside = before % length
+    spare = torch.minimum((length - tokens) // rate, inside // rate).clamp(min=0) * rate
+    return (length - spare).clamp(max=2**31 - 1), inside - spare
 
 
 def entries_of(table: Table, parts: Sequence[Part], device: torch.device) -> Tensor:
