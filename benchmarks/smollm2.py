@@ -40,6 +40,7 @@ PATTERNS = {
     "kept": "1024:1,2048:2,4096:4,8192:8",
     "all": "1024:1,8192:8;all",
     "window": "2048:1",  # alone, at their cost at 8,192
+    "all+global": "1024:1,8192:8;all;global=1",
 }
 HEADS, HEAD_DIM, LONGEST = 9, 64, 8192
 LENGTHS = (2048, 4096, 2048, 4096, 8192, 2048, 4096, 2048, 4096, 4096)  # of the sequences, a step each, over and over

@@ -84,7 +84,7 @@ class Case:
 
 @st.composite
 def patterns(draw: Any, max_length: int = 24, max_rate: int = 7, min_length: int = 1) -> DilationPattern:
-    """Any pattern: rates that do not divide, rates above the length, no rate of 1, all queries, shifted offsets."""
+    """Any pattern: rates that do not divide, rates above the length, no rate of 1, all queries, shifts, globals."""
     branch = st.tuples(st.integers(min_length, max_length), st.integers(1, max_rate))
     branches = draw(st.lists(branch, min_size=1, max_size=4, unique=True))
     if draw(st.booleans()) and not any(rate == 1 for _, rate in branches):
@@ -96,6 +96,7 @@ def patterns(draw: Any, max_length: int = 24, max_rate: int = 7, min_length: int
             head_offsets=draw(st.sampled_from(["mod", "block"])),
             queries=draw(st.sampled_from(["kept", "all"])),
             offset_shift=draw(st.sampled_from([0, 0, 1, 5])),
+            global_tokens=draw(st.sampled_from([0, 0, 1, 4, 100])),
         )
 
 

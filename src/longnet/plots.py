@@ -84,20 +84,20 @@ def visibility(
 
     Args:
         pattern: the branches.
-        branch: which of them.
+        branch: which of all (`DilationPattern.all_branches`).
         tokens: T.
         head: a key/value head.
         num_heads: of how many.
         is_causal: hide the keys after each query.
         cells: squares a side, at most; one a token where there are no more tokens.
     """
-    length, rate = pattern.branches[branch]
+    length, rate, rows, is_dense = pattern.all_branches[branch]
     size = -(-tokens // cells)
     count = -(-tokens // size)
     offset = pattern.offset(rate, head, num_heads)
     place = np.arange(tokens, dtype=np.int64)
-    keeps = place % length % rate == offset
-    asks = keeps if pattern.queries == "kept" else np.ones_like(keeps)
+    keeps = (place % length % rate == offset) & (place % length // rate < rows)
+    asks = np.ones_like(keeps) if is_dense else keeps
     edges = np.arange(0, tokens, size)
     pairs = np.zeros((count, count))
     # Within a square on the diagonal: the queries of the key's own segment and square, from the key on if causal.
@@ -156,7 +156,7 @@ def draw_pattern(
             f"cannot draw {str(path)!r}: the suffix must be one of {', '.join(sorted(formats))}, or html, "
             "from longnet show, for the page in which it can be changed"
         )
-    heads, branches = min(num_heads, shown), pattern.branches
+    heads, branches = min(num_heads, shown), pattern.all_branches
     grids = [
         [
             visibility(pattern, branch, tokens=tokens, head=head, num_heads=num_heads, is_causal=is_causal, cells=cells)
@@ -192,14 +192,16 @@ def draw_pattern(
         return ax
 
     for head in range(heads):
-        for column, (w, r) in enumerate(branches):
+        for column, (w, r, rows, _) in enumerate(branches):
             offset = pattern.offset(r, head, num_heads)
+            is_global = column == len(pattern.branches)
             ax = panel(head, column)
             hue = colormaps[_HUES[offset % len(_HUES)]].with_extremes(under="white")
             norm = PowerNorm(power, 1e-12, 1)
             ax.imshow(grids[head][column].shares, cmap=hue, norm=norm, interpolation="nearest", aspect="auto")
             branch = f"w = {name_length(w)}\nr = {r}\n" if head == 0 else ""
-            ax.set_title(f"{branch}offset {offset}", fontsize=_LETTERS, pad=5)
+            title = f"global\ntokens: {rows}" if is_global else f"{branch}offset {offset}"
+            ax.set_title(title, fontsize=_LETTERS, pad=5)
             if column == 0:
                 ax.set_ylabel(f"head {head}", fontsize=_LETTERS)
         ax = panel(head, columns - 1)

@@ -42,7 +42,7 @@ def test_state_rows_are_the_most_that_a_current_segment_can_hold(pattern, tokens
     for branch, (w, r) in enumerate(pattern.branches):
         by_head = kept(pattern, tokens, r)[branch]  # r heads, so that one has each offset
         rows += max(len({p for p in head if p // w == now // w <= now}) for head in by_head for now in range(tokens))
-    assert pattern.state_rows(tokens=tokens) == rows
+    assert pattern.state_rows(tokens=tokens) == rows + min(pattern.global_tokens, tokens)
 
 
 def hops_by_search(pattern, tokens):
@@ -179,6 +179,8 @@ def test_block_offsets_are_torchscales():
         (((4,), (1,), "mod", "all", -1), ValueError, "offset_shift must be at least 0, got -1"),
         (((4,), (1,), "mod", "all", 1.0), TypeError, "offset_shift must be an int, got 1.0"),
         (((4,), (1,), "mod", "all", 0, (4, 4)), ValueError, "head_shard must be"),
+        (((4,), (1,), "mod", "all", 0, None, -1), ValueError, "global_tokens must be at least 0, got -1"),
+        (((4,), (1,), "mod", "all", 0, None, True), TypeError, "global_tokens must be an int, got True"),
     ],
 )
 def test_wrong_patterns_are_refused(arguments, error, message):
@@ -186,7 +188,9 @@ def test_wrong_patterns_are_refused(arguments, error, message):
         DilationPattern(*arguments)
 
 
-@pytest.mark.parametrize("text", ["", "4", "4:1,", "4:1:2", "a:b", "4:1;sideways", "4:1;shift=a", "0:1"])
+@pytest.mark.parametrize(
+    "text", ["", "4", "4:1,", "4:1:2", "a:b", "4:1;sideways", "4:1;shift=a", "4:1;global=-1", "0:1"]
+)
 def test_wrong_text_is_refused(text):
     with pytest.raises(ValueError, match=r"cannot read|at least 1"):
         DilationPattern.parse(text)

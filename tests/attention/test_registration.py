@@ -63,11 +63,11 @@ def test_compile_with_inductor(masks):
 @pytest.mark.parametrize("bounds", [None, torch.tensor([[0, 3, 40], [1, 0, 70]])])
 @pytest.mark.parametrize("queries", ["kept", "all"])
 def test_opcheck(queries, is_causal, bounds):
-    settings = ([16, 32], [1, 2], "mod", queries, 1, [2, 6], is_causal, 0.3, "sdpa")
+    settings = ([16, 32], [1, 2], "mod", queries, 1, [2, 6], 0, is_causal, 0.3, "sdpa")
     q, k, v = inputs()
     sinks = torch.randn(4, requires_grad=True)
     torch.library.opcheck(torch.ops.longnet.dilated_attention.default, (q, k, v, bounds, sinks, *settings))
-    settings = ([16, 32], [1, 2], "mod", queries, 0, [], is_causal, 0.3, "sdpa")
+    settings = ([16, 32], [1, 2], "mod", queries, 0, [], 2, is_causal, 0.3, "sdpa")
     expanded = torch.randn(2, 1, 70, 8).expand(2, 4, 70, 8)
     strided = torch.randn(2, 4, 8, 70).transpose(2, 3)
     torch.library.opcheck(
@@ -94,6 +94,7 @@ def test_opcheck_of_the_backward_and_of_the_bounds():
             "kept",
             0,
             [],
+            0,
             False,
             0.3,
             "sdpa",

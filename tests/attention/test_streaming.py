@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cases import patterns
 from longnet import DilationPattern
 from longnet.attention import reference
-from longnet.attention.pattern import kept_rows
+from longnet.attention.branches import kept_rows
 from longnet.attention.streaming import StreamState
 from stretches import Text, texts
 from tolerances import assert_as_good_as_plain
@@ -122,7 +122,7 @@ def test_bytes_are_the_closed_form(pattern, heads, batch):
     state = StreamState(
         pattern, batch_size=batch, num_kv_heads=heads, head_dim=2, dtype=torch.float16, device=torch.device("meta")
     )
-    rows = sum(-(-length // rate) for length, rate in pattern.branches)
+    rows = sum(-(-length // rate) for length, rate in pattern.branches) + pattern.global_tokens
     assert pattern.state_rows(tokens=2**62) == rows
     assert state.nbytes == 2 * batch * heads * 2 * 2 * rows
 

@@ -17,8 +17,9 @@ NUMBERS = """([text, tokens, heads, dim, causal, ranks]) => {
   const e = window.explorer, p = e.parse(text), reach = e.hops(p, tokens);
   const offset = (r, head) => ((p.offsets === "mod" ? head : Math.floor(head / Math.ceil(heads / r))) + p.shift) % r;
   let drawn = 0;
-  for (const [w, r] of p.branches) for (let i = 0; i < tokens; i += 7) for (let j = 0; j < tokens; j += 7)
-    drawn += e.pairsBetween(p, w, r, offset(r, 0), i, Math.min(i + 7, tokens), j, Math.min(j + 7, tokens), causal);
+  for (const branch of e.allBranches(p)) for (let i = 0; i < tokens; i += 7) for (let j = 0; j < tokens; j += 7)
+    drawn += e.pairsBetween(
+      branch, offset(branch[1], 0), i, Math.min(i + 7, tokens), j, Math.min(j + 7, tokens), causal);
   return {
     text: e.asText(p), flops: String(e.flops(p, tokens, heads, dim, causal)), drawn,
     coverage: e.coverage(p, tokens, heads), rows: e.stateRows(p, tokens), hops: reach === Infinity ? "never" : reach,
@@ -37,6 +38,7 @@ def draw(random):
             *map(tuple, zip(*branches, strict=True)),
             head_offsets=random.choice(["mod", "block"]), queries=random.choice(["kept", "all"]),
             offset_shift=random.choice([0, random.randint(0, 9)]),
+            global_tokens=random.choice([0, 0, random.randint(1, 40)]),
         )  # fmt: skip
 
 
@@ -49,6 +51,11 @@ def attended(pattern, tokens, heads, is_causal, head=None):
         for q in range(tokens)
         for k in range(q // w * w, min(tokens, (q // w + 1) * w))
         if k % w % r == s and (pattern.queries == "all" or q % w % r == s) and (k <= q or not is_causal)
+    ] + [
+        (q, k)
+        for _ in (range(heads) if head is None else [head])
+        for k in range(min(tokens, pattern.global_tokens))
+        for q in range(k if is_causal else 0, tokens)
     ]
 
 

@@ -1,6 +1,7 @@
 """The pattern that each layer of a model follows: dense queries, offsets that rotate with depth, and who is told."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def oracle(module, query, key, value, attention_mask, scaling=None, **_):
     inside, same = positions[0] % 32, positions[0][:, None] // 32 == positions[0] // 32
     near = positions[0][:, None] // 8 == positions[0] // 8
     far = torch.stack([same & (inside % 5 == shift) for shift in shifts]).repeat_interleave(group, 0)
-    count = (near.int() + far.int()) * torch.ones_like(near).tril()
+    first = positions[0] < module.config.global_tokens
+    count = (near.int() + far.int() + first.int()) * torch.ones_like(near).tril()
     p = torch.softmax(torch.where(count > 0, scores + count.log(), -torch.inf), -1)
     return (p @ value.repeat_interleave(group, 1)).transpose(1, 2), None
 
@@ -50,11 +52,12 @@ def oracle(module, query, key, value, attention_mask, scaling=None, **_):
 AttentionInterface.register("rotating_oracle", oracle)
 
 
+@pytest.mark.parametrize("global_tokens", [0, 2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_offsets_rotate_with_depth_and_all_queries_attend(name):
+def test_offsets_rotate_with_depth_and_all_queries_attend(name, global_tokens):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
-    use_dilated_attention(model, PATTERN, rotate_offsets=True)
+    use_dilated_attention(model, replace(PATTERN, global_tokens=global_tokens), rotate_offsets=True)
     ids = torch.randint(1, 50, (2, 75))  # generate() takes pad_token_id for padding
     with torch.no_grad():
         got = model(ids, use_cache=False).logits
@@ -70,14 +73,24 @@ def test_offsets_rotate_with_depth_and_all_queries_attend(name):
     assert torch.equal(generated, plain)
 
 
-def test_a_saved_model_keeps_its_queries_and_its_rotation(tmp_path):
+def test_a_saved_model_keeps_its_queries_its_global_tokens_and_its_rotation(tmp_path):
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    use_dilated_attention(model, PATTERN, rotate_offsets=True)
+    pattern = replace(PATTERN, global_tokens=3)
+    use_dilated_attention(model, pattern, rotate_offsets=True)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert [pattern_of(config, layer) for layer in range(3)] == [PATTERN, PATTERN.shifted(2), PATTERN.shifted(4)]
+    assert [pattern_of(config, layer) for layer in range(3)] == [pattern, pattern.shifted(2), pattern.shifted(4)]
     use_dilated_attention(model, DilationPattern((8,), (1,)))
     assert pattern_of(model.config, 2) == DilationPattern((8,), (1,))
+
+
+def test_global_tokens_leave_xpos_one_centre():
+    # Without them positions count from each block of segments, 32 tokens here; a first token is any distance away.
+    with pytest.raises(ValueError, match="and every token sees the first 1: set xpos_scale_base to"):
+        LongNetConfig.preset(
+            "tiny", xpos_scale_base=0.5, segment_lengths=(8, 32), dilation_rates=(1, 2), global_tokens=1
+        )
+    LongNetConfig.preset("tiny", xpos_scale_base=0.5, segment_lengths=(8, 32), dilation_rates=(1, 2))
 
 
 def test_a_cache_of_another_rotation_is_refused(tmp_path):
@@ -87,7 +100,7 @@ def test_a_cache_of_another_rotation_is_refused(tmp_path):
     with torch.no_grad():
         model(torch.randint(0, 50, (1, 9)), **{CACHE: cache})
     cache.save(tmp_path / "cache")
-    for other in ({"rotate_offsets": False}, {"queries": "kept"}):
+    for other in ({"rotate_offsets": False}, {"queries": "kept"}, {"global_tokens": 1}):
         changed = LongNetConfig.from_dict({**config.to_dict(), **other})
         with pytest.raises(ValueError, match="layers of the pattern"):
             DilatedCache.load(tmp_path / "cache", changed)
@@ -154,6 +167,7 @@ def test_a_layer_that_does_not_know_its_number_cannot_rotate():
 def test_the_oracle_here_is_the_oracle():
     q, k, v = torch.randn(1, 4, 75, 8), torch.randn(1, 2, 75, 8), torch.randn(1, 2, 75, 8)
     module = torch.nn.Module()
-    module.layer_idx = 3
-    want = reference.attend(q, k, v, PATTERN.shifted(6), bounds=None, is_causal=True, scale=8**-0.5)[0]
+    module.layer_idx, module.config = 3, LlamaConfig(global_tokens=2)
+    pattern = replace(PATTERN.shifted(6), global_tokens=2)
+    want = reference.attend(q, k, v, pattern, bounds=None, is_causal=True, scale=8**-0.5)[0]
     torch.testing.assert_close(oracle(module, q, k, v, None)[0].transpose(1, 2), want)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longnet.attention.backends import dispatch
+from longnet.attention.branches import Branch
 from longnet.attention.halo import (
     HaloLayout,
     Pieces,
@@ -31,7 +32,7 @@ from longnet.attention.halo import (
     take_rows,
 )
 from longnet.attention.merge import differentiate_sinks
-from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, kept_rows, pattern_of
+from longnet.attention.pattern import PATTERN_SCHEMA, DilationPattern, pattern_of
 from longnet.attention.plan import Run, runs_of
 from longnet.attention.registration import cast_under_autocast
 from longnet.attention.sequence_parallel import Slices
@@ -79,8 +80,8 @@ class Tape:
         """Say of each chunk, (chunks,), whether a segment reaches over its end: else later ones need nothing of it."""
         opened = torch.zeros(self.chunks, dtype=torch.bool)
         for first, cut, stops in self._cuts():
-            for length in self.patterns[0].segment_lengths:
-                opened[cut] |= (stops - first) % length != 0
+            for branch in self.patterns[0].all_branches:
+                opened[cut] |= (stops - first) % branch.length != 0
         return opened
 
     def rows_given(self, num_kv_heads: int) -> Tensor:
@@ -89,17 +90,18 @@ class Tape:
         As many rows of earlier chunks are overwritten, so that a log of them has this length.
         """
         patterns = collections.Counter(self.patterns).items()
-        kept: collections.Counter[tuple[int, int, int]] = collections.Counter()
+        kept: collections.Counter[tuple[Branch, int]] = collections.Counter()
         for (pattern, layers), head in itertools.product(patterns, range(num_kv_heads)):
-            for length, rate in pattern.branches:
-                kept[length, rate, pattern.offset(rate, head, num_kv_heads)] += layers
+            for branch in pattern.all_branches:
+                kept[branch, pattern.offset(branch.rate, head, num_kv_heads)] += layers
         given = torch.zeros(self.chunks, dtype=torch.int64)
         for first, cut, stops in self._cuts():
             starts = (stops - self.chunk_tokens).clamp(min=first)
-            for (length, rate, offset), heads in kept.items():
-                inside = (stops - first) % length
+            for (branch, offset), heads in kept.items():
+                inside = (stops - first) % branch.length
                 low = (inside - (stops - starts)).clamp(min=0)
-                given[cut] += heads * ((offset - low) // rate - (offset - inside) // rate)  # kept_rows, of each
+                until, before = ((-((offset - x) // branch.rate)).clamp(max=branch.rows) for x in (inside, low))
+                given[cut] += heads * (until - before)
         return given
 
     def _cuts(self) -> Iterator[tuple[int, slice, Tensor]]:
@@ -337,12 +339,12 @@ def rows_given(
 def _places(pattern: DilationPattern, bounds: Tensor, tokens: int, chunk_tokens: int) -> tuple[int, ...]:
     sizes = []
     ends = torch.tensor(range(chunk_tokens, tokens, chunk_tokens), dtype=torch.int64)
-    for length, rate in pattern.branches:
+    for branch in pattern.all_branches:
         most = 0
         for _, start, stop in bounds.tolist():
             inside = ends[(ends > start) & (ends < stop)]
-            if len(inside) and ((inside - start) % length).any():
-                most = max(most, kept_rows(min(length, stop - start), rate, 0))
+            if len(inside) and ((inside - start) % branch.length).any():
+                most = max(most, branch.kept_rows(min(branch.length, stop - start), 0))
         sizes.append(most)
     return tuple(itertools.accumulate(sizes, initial=0))
 

@@ -6,12 +6,13 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 
+from longnet.attention.branches import UNBOUNDED, Branch, OffsetGrid, kept_rows
 from longnet.attention.reach import hops_nested, hops_searched
 from longnet.attention.strips import draw_strips
 
@@ -56,6 +57,9 @@ class DilationPattern:
             key/value heads (the layout of torchscale's checkpoints).
         queries: `"kept"`, a branch drops queries as it drops keys (the paper), or `"all"`, it drops keys alone. A
             branch of rate 1 is the same in both.
+        global_tokens: so many first tokens of a document are keys of all its queries, in every head, besides what the
+            branches show. Not in the paper. Trained models rest attention on a text's first token, which beyond the
+            first segment one head in r still sees (arXiv:2309.17453; of a converted model, docs/evidence.md).
         offset_shift: added to all offsets: head g keeps u iff `u % r_i == (s_ig + offset_shift) % r_i`. A model may
             shift them layer by layer, so that few heads see all phases. Not in the paper.
         head_shard: (g0, G): the key/value heads at hand are g0, g0 + 1, … of G, as where a model's heads are split
@@ -63,8 +67,8 @@ class DilationPattern:
 
     Raises:
         ValueError: a length or rate below 1, an empty or unequal pair of lists, a branch given twice, an unknown
-            `head_offsets` or `queries`, a negative shift, a shard outside its heads.
-        TypeError: a length, a rate or a shift that is no int.
+            `head_offsets` or `queries`, a negative shift or number of tokens, a shard outside its heads.
+        TypeError: a length, a rate, a shift or a number of tokens that is no int.
     """
 
     segment_lengths: tuple[int, ...]
@@ -73,6 +77,7 @@ class DilationPattern:
     queries: Queries = "kept"
     offset_shift: int = 0
     head_shard: tuple[int, int] | None = None
+    global_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -99,14 +104,16 @@ class DilationPattern:
         for name, choices in (("head_offsets", get_args(HeadOffsets)), ("queries", get_args(Queries))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if isinstance(self.offset_shift, bool) or not isinstance(self.offset_shift, int):
-            raise TypeError(f"offset_shift must be an int, got {self.offset_shift!r}")
-        if self.offset_shift < 0:
-            raise ValueError(f"offset_shift must be at least 0, got {self.offset_shift}")
+        for name in ("offset_shift", "global_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_shard is not None and not 0 <= self.head_shard[0] < self.head_shard[1]:
             raise ValueError(f"head_shard must be (first key/value head, of how many), got {self.head_shard!r}")
         # While compiling, a model reads its pattern from its configuration, and a warning would break the graph.
-        if 1 not in self.dilation_rates and not torch.compiler.is_compiling():
+        if 1 not in self.dilation_rates and not self.global_tokens and not torch.compiler.is_compiling():
             warnings.warn(
                 f"{self!r} has no branch of dilation rate 1: queries that no branch keeps get output 0",
                 stacklevel=3,
@@ -190,7 +197,7 @@ class DilationPattern:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `"2048:1,4096:2"`, with `;block`, `;all` or `;shift=3` after it where wanted; `str(pattern)` writes it.
+        """Read `"2048:1,4096:2"`, with `;block`, `;all`, `;global=1` or `;shift=3` after it; `str(pattern)` writes it.
 
         Raises:
             ValueError: text of another form.
@@ -208,6 +215,8 @@ class DilationPattern:
     def __str__(self) -> str:
         """Return what `parse` reads; a shard of heads, which belongs to a call, is left out."""
         options: list[str] = [option for option in (self.head_offsets, self.queries) if option not in ("mod", "kept")]
+        if self.global_tokens:
+            options.append(f"global={self.global_tokens}")
         if self.offset_shift:
             options.append(f"shift={self.offset_shift}")
         return ";".join([",".join(f"{length}:{rate}" for length, rate in self.branches), *options])
@@ -231,15 +240,23 @@ class DilationPattern:
         return tuple(zip(self.segment_lengths, self.dilation_rates, strict=True))
 
     @property
+    def all_branches(self) -> tuple[Branch, ...]:
+        """What is computed: the branches and, where there are global tokens, one more, whose segment has no end."""
+        return _all_branches(self)
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """The pattern as an operator's arguments, of the types of `PATTERN_SCHEMA`; `pattern_of` reads them."""
         shard = () if self.head_shard is None else self.head_shard
-        return self.segment_lengths, self.dilation_rates, self.head_offsets, self.queries, self.offset_shift, shard
+        return (
+            self.segment_lengths, self.dilation_rates, self.head_offsets, self.queries, self.offset_shift, shard,
+            self.global_tokens,
+        )  # fmt: skip
 
     def shifted(self, shift: int) -> DilationPattern:
         """Return the pattern whose offsets lie `shift` further, as in another layer of a model that rotates them."""
-        lengths, rates, offsets, queries, offset_shift, shard = self.arguments
-        return pattern_of(lengths, rates, offsets, queries, offset_shift + shift, shard)
+        lengths, rates, offsets, queries, offset_shift, *rest = self.arguments
+        return pattern_of(lengths, rates, offsets, queries, offset_shift + shift, *rest)
 
     def shard(self, first_kv_head: int, num_kv_heads: int) -> DilationPattern:
         """Return the pattern for a call that holds some of `num_kv_heads` key/value heads, from `first_kv_head` on.
@@ -249,8 +266,8 @@ class DilationPattern:
         Raises:
             ValueError: a head outside 0 … num_kv_heads − 1.
         """
-        lengths, rates, offsets, queries, offset_shift, _ = self.arguments
-        return pattern_of(lengths, rates, offsets, queries, offset_shift, (first_kv_head, num_kv_heads))
+        lengths, rates, offsets, queries, offset_shift, _, global_tokens = self.arguments
+        return pattern_of(lengths, rates, offsets, queries, offset_shift, (first_kv_head, num_kv_heads), global_tokens)
 
     def offset(self, rate: int, head: int, num_kv_heads: int) -> int:
         """Return which of each `rate` positions key/value head `head` of the `num_kv_heads` at hand keeps.
@@ -318,13 +335,14 @@ class DilationPattern:
                 f"num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             )
         pairs = 0
-        for length, rate in self.branches:
-            whole, rest = divmod(tokens, length)
+        for branch in self.all_branches:
+            rate = branch.rate
+            whole, rest = divmod(tokens, branch.length)
             for head in range(num_kv_heads):
                 offset = self.offset(rate, head, num_kv_heads)
-                for segments, positions in ((whole, length), (1, rest)):
-                    rows = kept_rows(positions, rate, offset)
-                    if self.queries == "kept":
+                for segments, positions in ((whole, branch.length), (1, rest)):
+                    rows = branch.kept_rows(positions, offset)
+                    if not branch.is_dense:
                         pairs += segments * (rows * (rows + 1) // 2 if is_causal else rows * rows)
                     elif is_causal:  # the key at offset + m · rate is seen by all queries from there on
                         pairs += segments * (rows * (positions - offset) - rate * (rows * (rows - 1) // 2))
@@ -336,9 +354,9 @@ class DilationPattern:
         """Count the rows that a causal streaming state holds per key/value head for sequences of up to `tokens`.
 
         Only the kept rows of each branch's current segment are needed: Σ_i ceil(min(w_i, tokens) / r_i), however
-        long the sequence. Not in the paper.
+        long the sequence, and the global tokens. Not in the paper.
         """
-        return sum(kept_rows(min(length, tokens), rate, 0) for length, rate in self.branches)
+        return sum(branch.kept_rows(min(branch.length, tokens), 0) for branch in self.all_branches)
 
     def traffic(
         self, *, tokens: int, ranks: int, num_kv_heads: int, head_dim: int, itemsize: int, is_causal: bool
@@ -347,8 +365,8 @@ class DilationPattern:
 
         The sequence lies across the ranks in slices of ceil(tokens / ranks), the last ones shorter. The backward pass
         sends as many bytes of gradients back. A rank gets the kept rows of the segments that its slice cuts, and no
-        others: never more than Σ_i 2·G·ceil(w_i / r_i) rows of keys, twice that without causality, whatever the
-        length (arXiv:2307.02486 §3.1).
+        others, and the global tokens: never more than Σ_i 2·G·ceil(w_i / r_i) rows of keys, twice that without
+        causality, whatever the length (arXiv:2307.02486 §3.1).
 
         Args:
             tokens: T of the whole sequence.
@@ -371,13 +389,14 @@ class DilationPattern:
         for rank in range(ranks):
             start, stop = min(tokens, rank * size), min(tokens, (rank + 1) * size)
             rows = 0
-            for length, rate in self.branches if start < stop else ():
+            for branch in self.all_branches if start < stop else ():
+                length = branch.length
                 base = stop // length * length
                 end = base if is_causal or base == stop else min(base + length, tokens)
-                for offset in (self.offset(rate, head, num_kv_heads) for head in range(num_kv_heads)):
-                    rows += kept_rows(start % length, rate, offset)
+                for offset in (self.offset(branch.rate, head, num_kv_heads) for head in range(num_kv_heads)):
+                    rows += branch.kept_rows(start % length, offset)
                     if end > stop:
-                        rows += kept_rows(end - base, rate, offset) - kept_rows(stop - base, rate, offset)
+                        rows += branch.kept_rows(end - base, offset) - branch.kept_rows(stop - base, offset)
             received.append(2 * rows * head_dim * itemsize)
         return tuple(received)
 
@@ -404,7 +423,8 @@ class DilationPattern:
         """Return the layers after which every token can have heard of every other: the graph's diameter.
 
         Tokens are joined where some head of a non-causal layer lets one attend to the other, every phase of every
-        branch being some head's (heads ≥ largest rate); with `queries="all"`, all tokens of a segment are. `math.inf`
+        branch being some head's (heads ≥ largest rate); with `queries="all"`, all tokens of a segment are; what global
+        tokens join is left out, since of a causal layer they hear nothing. `math.inf`
         where no depth suffices, as beyond the longest segment. Reachability says nothing of use. Grows with log(tokens)
         for geometric patterns (arXiv:2307.02486 §2.4): with f-fold steps and m = w_i / r_i rows a segment a hop
         rewrites log_f(m) of a position's base-f digits.
@@ -433,26 +453,18 @@ class DilationPattern:
         )
 
 
-class OffsetGrid(NamedTuple):
-    """Heads `head + i · offset_step + j · head_step`, i < offsets, j < heads, each with offset `offset + i`."""
-
-    head: int
-    offset: int
-    offsets: int
-    offset_step: int
-    heads: int
-    head_step: int
-
-    def cut(self, *places: int) -> Iterator[OffsetGrid]:
-        """Yield the grid in parts that begin at the `i` given, those outside left out; none where it has no head."""
-        cuts = sorted({0, self.offsets, *(place for place in places if 0 < place < self.offsets)})
-        for low, high in itertools.pairwise(cuts if self.heads else ()):
-            yield self._replace(head=self.head + low * self.offset_step, offset=self.offset + low, offsets=high - low)
+@functools.lru_cache(maxsize=256)
+def _all_branches(pattern: DilationPattern) -> tuple[Branch, ...]:
+    is_dense = pattern.queries == "all"
+    branches = [Branch(length, rate, UNBOUNDED, is_dense and rate > 1) for length, rate in pattern.branches]
+    if pattern.global_tokens:
+        branches.append(Branch(UNBOUNDED, 1, pattern.global_tokens, True))
+    return tuple(branches)
 
 
 PATTERN_SCHEMA = (
     "SymInt[] segment_lengths, SymInt[] dilation_rates, str head_offsets, str queries, SymInt offset_shift, "
-    "SymInt[] head_shard"
+    "SymInt[] head_shard, SymInt global_tokens"
 )
 
 
@@ -463,11 +475,13 @@ def pattern_of(
     queries: str,
     offset_shift: int,
     head_shard: Sequence[int],
+    global_tokens: int,
 ) -> DilationPattern:
     """Return the pattern that an operator's arguments spell out, without the warnings that its maker has had."""
     return _pattern_of(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, queries, offset_shift, tuple(head_shard) or None
-    )
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, queries, offset_shift, tuple(head_shard) or None,
+        global_tokens,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -479,16 +493,13 @@ def _pattern_of(*arguments: Any) -> DilationPattern:
 
 def _read_option(option: str, text: str) -> tuple[str, Any]:
     name, _, number = option.partition("=")
-    if name == "shift" and number.isdecimal():
-        return "offset_shift", int(number)
+    numbers = {"shift": "offset_shift", "global": "global_tokens"}
+    if name in numbers and number.isdecimal():
+        return numbers[name], int(number)
     for field, choices in (("head_offsets", get_args(HeadOffsets)), ("queries", get_args(Queries))):
         if option in choices:
             return field, option
     raise ValueError(
-        f"cannot read {option!r} in the pattern {text!r}: after a semicolon may come mod, block, kept, all, shift=3"
+        f"cannot read {option!r} in the pattern {text!r}: after a semicolon may come mod, block, kept, all, global=1, "
+        "shift=3"
     )
-
-
-def kept_rows(positions: int, rate: int, offset: int) -> int:
-    """Count the u in range(positions) with u % rate == offset."""
-    return max(0, -(-(positions - offset) // rate))

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.branches import Branch
+from longnet.attention.pattern import DilationPattern
 
 
 class Run(NamedTuple):
@@ -127,7 +128,8 @@ def plan(
     With `is_partial`, the runs may reach beyond the keys at hand: what else a query sees of its segment, kept by a
     streaming state or sent by other ranks, becomes `is_kept` tiles.
     """
-    branches = sorted(enumerate(pattern.branches), key=lambda branch: branch[1][1] != 1)  # who writes all comes first
+    # Who writes all comes first.
+    branches = sorted(enumerate(pattern.all_branches), key=lambda numbered: not numbered[1].is_covering)
     tiles: list[Tile] = []
     skipped = k_tokens - q_tokens
     written = 0
@@ -137,16 +139,15 @@ def plan(
             continue
         written += run.rows * (run.stop - run.start - q_from)
         is_filling = run.rows == batch_size and run.start <= 0 and run.stop == k_tokens == q_tokens
-        for index, (branch, (length, rate)) in enumerate(branches):
-            is_first = index == 0 and rate == 1
-            is_dense = pattern.queries == "all" and rate > 1
-            for segments in _segments(run, length, q_from):
-                is_whole = is_filling and segments.positions == length and not segments.queried
-                for rows in segments.kept(pattern, rate, num_heads, num_kv_heads):
-                    own = _see_own(rows, is_dense, is_causal, is_partial, is_first, skipped)
-                    others = _see_others(rows, is_dense, is_causal, is_partial, branch, skipped)
-                    tiles += (replace(tile, is_whole=is_whole, branch=branch) for tile in itertools.chain(own, others))
-    return Plan(tuple(tiles), is_complete=branches[0][1][1] == 1 and written == batch_size * q_tokens)
+        for index, (number, branch) in enumerate(branches):
+            is_first = index == 0 and branch.is_covering
+            for segments in _segments(run, branch.length, q_from):
+                is_whole = is_filling and segments.positions == branch.length and not segments.queried
+                for rows in segments.kept(pattern, branch, num_heads, num_kv_heads):
+                    own = _see_own(rows, branch.is_dense, is_causal, is_partial, is_first, skipped)
+                    others = _see_others(rows, branch.is_dense, is_causal, is_partial, number, skipped)
+                    tiles += (replace(tile, is_whole=is_whole, branch=number) for tile in itertools.chain(own, others))
+    return Plan(tuple(tiles), is_complete=branches[0][1].is_covering and written == batch_size * q_tokens)
 
 
 class _Segments(NamedTuple):
@@ -168,9 +169,9 @@ class _Segments(NamedTuple):
     def positions(self) -> int:
         return self.run.stop - self.run.start
 
-    def kept(self, pattern: DilationPattern, rate: int, num_heads: int, num_kv_heads: int) -> Iterator[_Kept]:
+    def kept(self, pattern: DilationPattern, branch: Branch, num_heads: int, num_kv_heads: int) -> Iterator[_Kept]:
         """Yield the kept rows of these segments: of heads that keep side by side offsets, and equally many rows."""
-        run, group = self.run, num_heads // num_kv_heads
+        run, rate, group = self.run, branch.rate, num_heads // num_kv_heads
         edges = (self.positions, self.queried, run.first, self.positions + run.beyond)
         for grid in pattern.offset_grids(rate, num_kv_heads):
             # Between two cuts all offsets have as many kept rows and queries as each other.
@@ -188,10 +189,10 @@ class _Segments(NamedTuple):
                         Axis(part.heads, q_head=part.head_step * group, kv_head=part.head_step),
                         Axis(group, q_head=1),
                     ),
-                    absent=kept_rows(run.first, rate, offset),
-                    earlier=kept_rows(self.queried, rate, offset),
-                    rows=kept_rows(self.positions, rate, offset),
-                    beyond=kept_rows(self.positions + run.beyond, rate, offset),
+                    absent=branch.kept_rows(run.first, offset),
+                    earlier=branch.kept_rows(self.queried, offset),
+                    rows=branch.kept_rows(self.positions, offset),
+                    beyond=branch.kept_rows(self.positions + run.beyond, offset),
                 )
 
 
@@ -379,16 +380,16 @@ def kept_tiles(
     for run in runs:
         tokens = run.stop - run.start
         q_from = max(run.first, -run.start)
-        for branch, (length, rate) in enumerate(pattern.branches):
-            last = max(q_from, (tokens - 1) // length * length)
-            for segments in _segments(run, length, last):
-                for kept in segments.kept(pattern, rate, num_kv_heads, num_kv_heads):
+        for number, branch in enumerate(pattern.all_branches):
+            last = max(q_from, (tokens - 1) // branch.length * branch.length)
+            for segments in _segments(run, branch.length, last):
+                for kept in segments.kept(pattern, branch, num_kv_heads, num_kv_heads):
                     tile = kept.kept_queries(0)
                     if not tile.q_rows:
                         continue
                     axes = tuple(replace(axis, kv_position=0) for axis in tile.axes)
                     stored = replace(tile, k_start=kept.earlier, k_rows=tile.q_rows, k_rate=1, axes=axes)
-                    yield replace(stored, branch=branch, is_kept=True), kept.earlier, kept.earlier + tile.q_rows
+                    yield replace(stored, branch=number, is_kept=True), kept.earlier, kept.earlier + tile.q_rows
 
 
 def runs_of(bounds: Tensor | None, batch_size: int, tokens: int) -> tuple[Run, ...]:

@@ -39,6 +39,7 @@ def multiplicity(
         for head in range(num_kv_heads):
             kept = inside % rate == pattern.offset(rate, head, num_kv_heads)
             count[:, head] += visible & same_segment & kept[:, None, :] & (kept[:, :, None] | is_dense)
+    count += (visible & (positions < pattern.global_tokens)[:, None, :])[:, None]
     return count
 
 

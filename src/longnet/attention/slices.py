@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longnet.attention.branches import kept_rows
 from longnet.attention.halo import HaloLayout, Pieces, Rows, lay_out
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Run
 
 
@@ -86,7 +87,7 @@ def lay_out_slice(
     needs = [list(needs_of(pattern, runs, edges, receiver, is_causal=is_causal)) for receiver in range(ranks)]
     places, halo_rows = _places(pattern, needs[rank])
     earlier, later = (
-        tuple(places.get((branch, is_later), 0) for branch in range(len(pattern.branches)))
+        tuple(places.get((number, is_later), 0) for number in range(len(pattern.all_branches)))
         for is_later in (False, True)
     )
     sent, received = RowIndices(), RowIndices()
@@ -138,21 +139,23 @@ def needs_of(
     for run in runs:
         if start == stop or run.start >= stop or run.stop <= start:
             continue
-        for branch, length in enumerate(pattern.segment_lengths):
+        for number, (length, rate, rows, _) in enumerate(pattern.all_branches):
             inside = max(0, start - run.start) % length
             if inside:
-                yield Need(run, branch, start - run.start - inside, 0, inside, is_later=False)
+                yield Need(run, number, start - run.start - inside, 0, min(inside, rows * rate), is_later=False)
             inside = (stop - run.start) % length
             if inside and run.stop > stop and not is_causal:
                 base = stop - run.start - inside
-                yield Need(run, branch, base, inside, min(length, run.stop - run.start - base), is_later=True)
+                high = min(length, run.stop - run.start - base, rows * rate)
+                if inside < high:
+                    yield Need(run, number, base, inside, high, is_later=True)
 
 
 def _places(pattern: DilationPattern, needs: Sequence[Need]) -> tuple[dict[tuple[int, bool], int], int]:
     """Return where the halo of each branch and side begins, and how many rows there are in all."""
     sizes: dict[tuple[int, bool], int] = {}
     for need in needs:
-        rate = pattern.dilation_rates[need.branch]
+        rate = pattern.all_branches[need.branch].rate
         size, key = kept_rows(need.high, rate, 0) - need.low // rate, (need.branch, need.is_later)
         sizes[key] = max(size, sizes.get(key, 0))
     *starts, total = itertools.accumulate(sizes.values(), initial=0)
@@ -188,7 +191,7 @@ class RowIndices:
         low, high = span
         if low >= high:
             return
-        rate = pattern.dilation_rates[need.branch]
+        rate = pattern.all_branches[need.branch].rate
         batch = torch.arange(need.run.row, need.run.row + need.run.rows)
         for head in range(num_kv_heads):
             offset = pattern.offset(rate, head, num_kv_heads)

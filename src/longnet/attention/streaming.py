@@ -1,7 +1,7 @@
 """Causal dilated attention over a sequence that arrives in pieces, with a state that does not grow. Not in the paper.
 
 Branch i needs of the past only the kept rows of its current segment, ceil(w_i / r_i) a key/value head: every earlier
-segment is closed to later queries.
+segment is closed to later queries. Of global tokens it needs all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.backends.triton import launch
 from longnet.attention.halo import attend, lay_out
 from longnet.attention.merge import merge_sinks_
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Run, kept_tiles
 from longnet.attention.tiles import empty_like, empty_lse, rows_dense
 from longnet.attention.views import blocks
@@ -76,9 +76,10 @@ class StreamState:
         backend: dispatch.Backend = "auto",
     ) -> None:
         self.pattern, self.start, self.backend = pattern, start, backend
-        self.max_tokens = max(pattern.segment_lengths) if max_tokens is None else max_tokens
+        longest = max(*pattern.segment_lengths, pattern.global_tokens)
+        self.max_tokens = longest if max_tokens is None else max_tokens
         self._edges = self._edges_of(self.max_tokens)
-        self._grids = [pattern.offset_grids(rate, num_kv_heads) for rate in pattern.dilation_rates]
+        self._grids = [pattern.offset_grids(branch.rate, num_kv_heads) for branch in pattern.all_branches]
         # Zeros: a file of this state must not carry what the memory held before.
         shape = (batch_size, num_kv_heads, self._edges[-1], head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -151,7 +152,7 @@ class StreamState:
         if tokens == 1:
             kernels = dispatch.choose(self.backend, q.device, q.dtype, head_dim)
             out, lse = empty_like(q), empty_lse(q)
-            is_written = self.pattern.branches[0][1] == 1 and sum(run.rows for run in runs) == q.shape[0]
+            is_written = self.pattern.all_branches[0].is_covering and sum(run.rows for run in runs) == q.shape[0]
             if not is_written:
                 out.zero_()
                 lse.fill_(-torch.inf)
@@ -186,9 +187,10 @@ class StreamState:
         if self._on_device != stands:
             step.positions.copy_(torch.tensor(stands, dtype=torch.int64))
         for run in runs if self.is_recording else ():
-            for branch, (length, rate) in enumerate(self.pattern.branches):
+            for branch, (length, rate, most, _) in enumerate(self.pattern.all_branches):
                 place = (run.stop - run.start - 1) % length // rate
-                self._save(branch, place, place + 1)
+                if place < most:
+                    self._save(branch, place, place + 1)
         rows = {row for run in runs for row in range(run.row, run.row + run.rows)}
         out = launch.decode(
             q, k, v, self.keys, self.values, sinks, self.pattern, tuple(self._edges), step,
@@ -288,10 +290,10 @@ class StreamState:
         lse_row, lse_head, _ = lse.stride()
         row, head, place, _ = self.keys.stride()
         merge = dispatch.merge_on(q.device)
-        for branch, (length, rate) in enumerate(self.pattern.branches):
-            inside = position % length
+        for branch, kept in enumerate(self.pattern.all_branches):
+            inside, rate = position % kept.length, kept.rate
             phase, last = inside % rate, self._edges[branch] + inside // rate
-            for grid in self._grids[branch]:
+            for grid in self._grids[branch] if inside // rate < kept.rows else ():
                 if grid.offset <= phase < grid.offset + grid.offsets:
                     low = grid.head + (phase - grid.offset) * grid.offset_step
                     own = slice(low, low + (grid.heads - 1) * grid.head_step + 1, grid.head_step)
@@ -300,8 +302,8 @@ class StreamState:
                     self.values[rows, own, last] = v[rows, own, 0]
             unborn = max(0, run.first - position + inside)  # positions of the segment that never existed
             for low, heads, step, offset in self._heads_that_see(branch, phase, unborn % rate):
-                absent = kept_rows(unborn, rate, offset)
-                count = kept_rows(inside + 1, rate, offset) - absent
+                absent = kept.kept_rows(unborn, offset)
+                count = kept.kept_rows(inside + 1, offset) - absent
                 if count <= 0:
                     continue
                 k_size, k_stride = (run.rows, heads, count, head_dim), (row, step * head, place, 1)
@@ -389,11 +391,11 @@ class StreamState:
 
     def kept(self, branch: int, *, row: int, head: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values (n, D) that branch `branch` still holds for later queries of a batch row."""
-        length, rate = self.pattern.branches[branch]
-        offset = self.pattern.offset(rate, head, self.keys.shape[1])
-        inside = self.next[row] % length
-        low = kept_rows(self.first[row] - self.next[row] + inside, rate, offset)
-        places = slice(self._edges[branch] + low, self._edges[branch] + kept_rows(inside, rate, offset))
+        kept = self.pattern.all_branches[branch]
+        offset = self.pattern.offset(kept.rate, head, self.keys.shape[1])
+        inside = self.next[row] % kept.length
+        low = kept.kept_rows(self.first[row] - self.next[row] + inside, offset)
+        places = slice(self._edges[branch] + low, self._edges[branch] + kept.kept_rows(inside, offset))
         return self.keys[row, head, places], self.values[row, head, places]
 
     def record(self, *, is_on: bool) -> None:
@@ -478,7 +480,7 @@ class StreamState:
         return self.keys[:, :, low:high], self.values[:, :, low:high]
 
     def _edges_of(self, tokens: int) -> list[int]:
-        rows = [kept_rows(min(length, tokens), rate, 0) for length, rate in self.pattern.branches]
+        rows = [branch.kept_rows(min(branch.length, tokens), 0) for branch in self.pattern.all_branches]
         return list(itertools.accumulate(rows, initial=0))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from longnet.attention.backends.triton import launch
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.branches import kept_rows
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Tile, plan, runs_of
 from longnet.attention.views import blocks
 

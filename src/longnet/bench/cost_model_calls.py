@@ -154,10 +154,10 @@ def token_costs(
 def token_pairs(tokens: int, pattern: DilationPattern, num_heads: int) -> int:
     """Count the keys that all heads of the last of `tokens` see, a key in several branches several times."""
     position, pairs = tokens - 1, 0
-    for (length, rate), head in itertools.product(pattern.branches, range(num_heads)):
-        inside, offset = position % length, pattern.offset(rate, head, num_heads)
-        if pattern.queries == "all" or inside % rate == offset:
-            pairs += max(0, (inside - offset) // rate + 1)
+    for branch, head in itertools.product(pattern.all_branches, range(num_heads)):
+        inside, offset = position % branch.length, pattern.offset(branch.rate, head, num_heads)
+        if branch.is_dense or inside % branch.rate == offset:
+            pairs += branch.kept_rows(inside + 1, offset)
     return pairs
 
 

@@ -85,7 +85,7 @@ def fields_of(system: str, config: LongNetConfig, *, tokens: int, sparse_block: 
 
 
 def _branches(pattern: DilationPattern) -> dict[str, Any]:
-    names = ("segment_lengths", "dilation_rates", "head_offsets", "queries")
+    names = ("segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens")
     return {name: getattr(pattern, name) for name in names}
 
 

@@ -26,7 +26,8 @@ from longnet.training.optim import gradient_norm, make_optimizer, update
 TIMING = "timing.json"
 # What of a configuration differs between cells.
 _ATTENTION = (
-    "segment_lengths", "dilation_rates", "head_offsets", "queries", "sparse_block", "sparse_summary", "sparse_stride",
+    "segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens", "sparse_block", "sparse_summary",
+    "sparse_stride",
 )  # fmt: skip
 
 

@@ -275,7 +275,7 @@ def joins(config: LongNetConfig, query: _Ints, key: _Ints) -> np.ndarray[Any, np
     if kind != "dilated":
         return np.ones(query.shape, np.bool_)
     pattern, heads = pattern_of(config), config.num_key_value_heads or 1
-    joined = np.zeros(query.shape, np.bool_)
+    joined = key < pattern.global_tokens
     for length, rate in pattern.branches:
         offsets = [pattern.offset(rate, head, heads) for head in range(heads)]
         met = (query // length == key // length) & np.isin(key % length % rate, offsets)

@@ -26,7 +26,8 @@ Format = Literal["safetensors", "h5"]
 
 _SETTINGS = "encode.json"
 _DECIDING = (
-    "num_attention_heads", "segment_lengths", "dilation_rates", "head_offsets", "queries", "rotate_offsets", "tail",
+    "num_attention_heads", "segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens",
+    "rotate_offsets", "tail",
     "tile_size", "grid_size", "layer_norm_eps", "head_norm_eps", "hidden_act",
 )  # fmt: skip
 

@@ -238,14 +238,15 @@ def _rows(
     heads, kv_heads, tokens = len(q_HND), len(k_GTD), k_GTD.shape[1]
     keys = torch.arange(tokens, device=q_HND.device)
     count = torch.zeros(kv_heads, len(positions), tokens, device=q_HND.device)
-    for length, rate in pattern.branches:
+    for length, rate, rows, is_dense in pattern.all_branches:
         same = (positions // length)[:, None] == keys // length
         if is_causal:
             same = same & (keys <= positions[:, None])
         for head in range(kv_heads):
             offset = pattern.offset(rate, head, kv_heads)
-            sees = positions % length % rate == offset if pattern.queries == "kept" else torch.ones_like(positions) > 0
-            count[head] += same & (keys % length % rate == offset) & sees[:, None]
+            sees = (positions % length % rate == offset) | is_dense
+            kept = (keys % length % rate == offset) & (keys % length // rate < rows)
+            count[head] += same & kept & sees[:, None]
     group = heads // kv_heads
     dtype = torch.promote_types(q_HND.dtype, torch.float32)
     scores = (q_HND.to(dtype) * scale) @ k_GTD.to(dtype).repeat_interleave(group, 0).mT

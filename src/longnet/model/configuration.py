@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from longnet.attention.pattern import DilationPattern, HeadOffsets, Queries
-from longnet.model.patterns import pattern_of
+from longnet.model.patterns import block_of, pattern_of
 from longnet.model.tails import TailKind, tail_refusal
 from longnet.model.versions import FieldsConfig
 from longnet.positions import xpos_span
@@ -83,6 +83,7 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         head_offsets: `"mod"` (the paper) or `"block"` (torchscale).
         queries: `"kept"`, a branch drops queries as it drops keys (the paper), or `"all"`, every query of a segment
             attends to the keys kept.
+        global_tokens: so many first tokens of a document are keys of all its tokens, in every head.
         rotate_offsets: shift the heads' offsets by num_key_value_heads a layer, so that rates above the number of heads
             leave out no position.
         sparse_block: tokens of a block of the Sparse Transformer's fixed pattern (arXiv:1904.10509 §4.3), for
@@ -142,6 +143,7 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
     dilation_rates: tuple[int, ...] = (1, 2, 4, 6, 12)
     head_offsets: HeadOffsets = "mod"
     queries: Queries = "kept"
+    global_tokens: int = 0
     rotate_offsets: bool = False
     sparse_block: int | None = None
     sparse_summary: int | None = None
@@ -302,13 +304,18 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
             raise ValueError(f"rope_theta must be at least 1, got {self.rope_theta}")
         if self.position_embedding == "rope":
             return
-        span, period = xpos_span(self.xpos_scale_base, torch.float32), math.lcm(*self.segment_lengths)
-        if min(period, self.max_position_embeddings) > span:
+        span, period = xpos_span(self.xpos_scale_base, torch.float32), block_of(self)
+        if self.max_position_embeddings > span and (period is None or period > span):
+            of_segments = (
+                f" and less than the {period} tokens after which all segments of {self.segment_lengths} end together"
+                if period is not None
+                else f", and every token sees the first {self.global_tokens}"
+            )
             enough = math.ceil(self.xpos_scale_base * self.max_position_embeddings / span)
             raise ValueError(
                 f"xPos with xpos_scale_base={self.xpos_scale_base} stays finite over {span} tokens, which is less than "
-                f"max_position_embeddings={self.max_position_embeddings} and less than the {period} tokens after which "
-                f"all segments of {self.segment_lengths} end together: set xpos_scale_base to {enough} or more, or "
+                f"max_position_embeddings={self.max_position_embeddings}{of_segments}: set xpos_scale_base to {enough} "
+                "or more, or "
                 "position_embedding='rope'"
             )
 

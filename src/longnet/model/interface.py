@@ -199,6 +199,7 @@ def use_dilated_attention(
         dilation_rates=list(pattern.dilation_rates),
         head_offsets=pattern.head_offsets,
         queries=pattern.queries,
+        global_tokens=pattern.global_tokens,
         rotate_offsets=rotate_offsets,
     )  # fmt: skip
     for config in {id(inner.config): inner.config for inner in _models_in(model)}.values():

@@ -4,7 +4,6 @@ With `attn_implementation` "dilated" it is LongNet (arXiv:2307.02486 §4.1), wit
 Transformer, with "sparse_fixed" its Sparse Transformer: the same parameters, the same positions.
 """
 
-import math
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longnet.model.blocks import LongNetBlock, LongNetPreTrainedModel, see_both_ways
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import kind_of, warn_of_unseen
+from longnet.model.patterns import block_of, kind_of, warn_of_unseen
 from longnet.model.sequence_parallel import current_chunk, current_group, positions_of_slice, slices_here
 from longnet.model.versions import CACHE, capture_outputs, columns_of, one_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
@@ -170,7 +169,7 @@ class LongNetModel(LongNetPreTrainedModel):
 
     @property
     def _period(self) -> int | None:
-        return math.lcm(*self.config.segment_lengths) if kind_of(self.config) == "dilated" else None
+        return block_of(self.config) if kind_of(self.config) == "dilated" else None
 
     def refuse_beyond(self, highest: int) -> None:
         """Raise ValueError where xPos cannot serve positions up to `highest`, before they are computed."""

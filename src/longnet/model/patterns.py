@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, get_args
 
@@ -16,9 +17,9 @@ from longnet.attention.sparse_fixed import SparseFixedPattern
 def pattern_of(config: PreTrainedConfig, layer: int = 0) -> DilationPattern:
     """Read the pattern of a layer that a config holds in segment_lengths and dilation_rates.
 
-    head_offsets ("mod"), queries ("kept") and rotate_offsets (False) may be missing. With rotate_offsets the offsets of
-    layer l are those of the first, shifted by l · G for G key/value heads: where a rate exceeds the heads, ceil(r / G)
-    layers see all phases.
+    head_offsets ("mod"), queries ("kept"), global_tokens (0) and rotate_offsets (False) may be missing. With
+    rotate_offsets the offsets of layer l are those of the first, shifted by l · G for G key/value heads: where a rate
+    exceeds the heads, ceil(r / G) layers see all phases.
 
     Raises:
         ValueError: the config holds none, or one that `DilationPattern` refuses.
@@ -31,6 +32,14 @@ def pattern_of(config: PreTrainedConfig, layer: int = 0) -> DilationPattern:
             "dilation_rates in the config"
         )
     return DilationPattern(tuple(lengths), tuple(rates), **_options(config, layer))
+
+
+def block_of(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a block has that dilated attention never leaves; None where tokens see the first ones.
+
+    All segments end together there: the least common multiple of their lengths.
+    """
+    return None if getattr(config, "global_tokens", None) else math.lcm(*config.segment_lengths)
 
 
 # Under which names transformers knows dilated attention, and the backend of each: a choice of whoever loads a model, on
@@ -69,7 +78,7 @@ def dilated_by(backend: str) -> str:
 PATTERN_FIELDS: dict[str, dict[str, Any]] = {
     "dilated": {
         "segment_lengths": None, "dilation_rates": None, "head_offsets": "mod", "queries": "kept",
-        "rotate_offsets": False,
+        "global_tokens": 0, "rotate_offsets": False,
     },
     "sparse_fixed": {"sparse_block": None, "sparse_summary": None, "sparse_stride": None},
 }  # fmt: skip
@@ -99,6 +108,7 @@ def _options(config: PreTrainedConfig, layer: int) -> dict[str, Any]:
     return {
         "head_offsets": getattr(config, "head_offsets", None) or "mod",
         "queries": getattr(config, "queries", None) or "kept",
+        "global_tokens": getattr(config, "global_tokens", None) or 0,
         "offset_shift": layer * kv_heads_of(config) if rotates else 0,
     }
 

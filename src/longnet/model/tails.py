@@ -19,8 +19,9 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from longnet.attention.backends.dispatch import Backend
+from longnet.attention.branches import kept_rows
 from longnet.attention.dilated import attend_within
-from longnet.attention.pattern import DilationPattern, kept_rows
+from longnet.attention.pattern import DilationPattern
 from longnet.attention.pattern import pattern_of as pattern_without_warnings
 from longnet.model.patterns import backend_of, heads_of, pattern_of
 
@@ -94,8 +95,10 @@ def tail_refusal(config: PreTrainedConfig) -> str | None:
     asked = 'tail="torchscale" is how torchscale trained encoders'
     if config.is_causal:
         return f"{asked}: a causal model never sees the zero keys, so leave it out"
-    if config.queries != "kept" or config.rotate_offsets:
-        return f'{asked}, with queries="kept" and rotate_offsets=False, got {config.queries!r}, {config.rotate_offsets}'
+    others = {"queries": "kept", "rotate_offsets": False, "global_tokens": 0}
+    if any(getattr(config, name) != value for name, value in others.items()):
+        got = ", ".join(f"{name}={getattr(config, name)!r}" for name in others)
+        return f"{asked}, with {', '.join(f'{name}={value!r}' for name, value in others.items())}, got {got}"
     return None
 
 

@@ -59,7 +59,7 @@ def test_the_whole_op_by_shape(kernel, queries, monkeypatch):
     use(monkeypatch, kernel)
     q = torch.empty(2, 300, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     k, v = (torch.empty(2, 300, 2, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "kv")
-    arguments = ([64, 128, 96], [1, 2, 5], "mod", queries, 0, [], True, 0.1, "auto")
+    arguments = ([64, 128, 96], [1, 2, 5], "mod", queries, 0, [], 2, True, 0.1, "auto")
     forward, backward = registration.implement(dilated._lay_out)
     out, lse = forward(q, k, v, None, None, *arguments)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, q.shape[:3])

@@ -86,17 +86,17 @@ def backward_queries(
     zero_rows(acc_base, p_low, p_high, ROWS, D, DP)
     tl.debug_barrier()
     for branch in range(N):
-        length, rate = tl.load(BRANCHES + 3 * branch), tl.load(BRANCHES + 3 * branch + 1)
-        q_rate = tl.load(BRANCHES + 3 * branch + 2)
+        length, rate = tl.load(BRANCHES + 4 * branch), tl.load(BRANCHES + 4 * branch + 1)
+        q_rate, most = tl.load(BRANCHES + 4 * branch + 2), tl.load(BRANCHES + 4 * branch + 3)
         offset = tl.load(OFFSETS + branch * G + g)
         q_offset = tl.where(q_rate == rate, offset, 0)
         for segment in range(p_low // length, (p_high + length - 1) // length):
             base = segment * length
             positions = tl.minimum(length, tokens - base)
-            absent = count_rows(unborn - base, offset, rate)
-            at_hand = count_rows(p_hand - base, offset, rate)
-            n_keys = count_rows(positions, offset, rate)
-            end = count_rows(tl.minimum(length, tokens + beyond - base), offset, rate)
+            absent = count_rows(unborn - base, offset, rate, most)
+            at_hand = count_rows(p_hand - base, offset, rate, most)
+            n_keys = count_rows(positions, offset, rate, most)
+            end = count_rows(tl.minimum(length, tokens + beyond - base), offset, rate, most)
             low, high = rows_between(
                 tl.maximum(p_low - base, 0), tl.minimum(p_high - base, positions), q_offset, q_rate
             )
@@ -202,14 +202,15 @@ def backward_keys(
     zero_rows(dv_acc, p_low, p_high, KEYS, D, DP)
     tl.debug_barrier()
     for branch in range(N):
-        length, rate = tl.load(BRANCHES + 3 * branch), tl.load(BRANCHES + 3 * branch + 1)
-        q_rate = tl.load(BRANCHES + 3 * branch + 2)
+        length, rate = tl.load(BRANCHES + 4 * branch), tl.load(BRANCHES + 4 * branch + 1)
+        q_rate, most = tl.load(BRANCHES + 4 * branch + 2), tl.load(BRANCHES + 4 * branch + 3)
         offset = tl.load(OFFSETS + branch * G + g)
         q_offset = tl.where(q_rate == rate, offset, 0)
         for segment in range(p_low // length, (p_high + length - 1) // length):
             base = segment * length
             positions = tl.minimum(length, tokens - base)
             low, high = rows_between(tl.maximum(p_low - base, 0), tl.minimum(p_high - base, positions), offset, rate)
+            high = tl.minimum(high, most)
             first, end = rows_between(tl.maximum(queried - base, 0), positions, q_offset, q_rate)
             q_at, k_at = q_doc + base, base.to(tl.int64)
             for start in range(low, high, KEYS):
@@ -269,8 +270,8 @@ def backward_halo(
     b, doc = tl.load(work).to(tl.int64), tl.load(work + 1)
     tokens, unborn, branch = tl.load(work + 2) - doc, tl.load(work + 3), tl.load(work + 4)
     base, u_low, u_high, skip = tl.load(work + 5), tl.load(work + 6), tl.load(work + 7), tl.load(work + 8)
-    length, rate = tl.load(BRANCHES + 3 * branch), tl.load(BRANCHES + 3 * branch + 1)
-    q_rate = tl.load(BRANCHES + 3 * branch + 2)
+    length, rate = tl.load(BRANCHES + 4 * branch), tl.load(BRANCHES + 4 * branch + 1)
+    q_rate = tl.load(BRANCHES + 4 * branch + 2)
     offset = tl.load(OFFSETS + branch * G + g)
     q_offset = tl.where(q_rate == rate, offset, 0)
     positions = tl.minimum(length, tokens - base)

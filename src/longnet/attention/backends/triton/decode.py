@@ -43,15 +43,16 @@ def decode(
     m, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     seen_anew = 0  # how many branches see the token's own key
     for branch in range(N):
-        length, rate = tl.load(BRANCHES + 3 * branch), tl.load(BRANCHES + 3 * branch + 1)
-        q_rate = tl.load(BRANCHES + 3 * branch + 2)
+        length, rate = tl.load(BRANCHES + 4 * branch), tl.load(BRANCHES + 4 * branch + 1)
+        q_rate, most = tl.load(BRANCHES + 4 * branch + 2), tl.load(BRANCHES + 4 * branch + 3)
         offset = tl.load(OFFSETS + branch * G + g)
         low, high = tl.load(EDGES + 2 * branch), tl.load(EDGES + 2 * branch + 1)
-        inside = (position % length).to(tl.int32)
-        is_kept = inside % rate == offset
+        has_end = most == 2147483647  # of its rows there is no bound; else its segment is the document, of any length
+        inside = tl.where(has_end, position % length, tl.minimum(position, 2147483647)).to(tl.int32)
+        is_kept = (inside % rate == offset) & (inside // rate < most)
         unborn = tl.maximum(first - position + inside, 0).to(tl.int32)
-        absent = count_rows(unborn, offset, rate)
-        past = tl.minimum(count_rows(inside, offset, rate), high - low)
+        absent = count_rows(unborn, offset, rate, most)
+        past = tl.minimum(count_rows(inside, offset, rate, most), high - low)
         place = low + inside // rate
         writes = is_kept & is_active & (split == 0) & (place < high)
         store_rows(state_k, place + once, sk_t, k_new, (member == 0) & writes, D, DP)

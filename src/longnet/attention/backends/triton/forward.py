@@ -22,9 +22,9 @@ def rows_between(low, high, offset, rate):
 
 
 @triton.jit
-def count_rows(positions, offset, rate):
-    """Return how many kept rows a segment has before so many positions."""
-    return tl.maximum(positions - offset + rate - 1, 0) // rate
+def count_rows(positions, offset, rate, most):
+    """Return how many kept rows a segment, which has `most` of them, has before so many positions."""
+    return tl.minimum(tl.maximum(positions - offset + rate - 1, 0) // rate, most)
 
 
 @triton.jit
@@ -123,8 +123,9 @@ def attend(
     """Grid: (blocks of all documents, query heads).
 
     WORK (blocks, 6): batch row, document's start and stop, first position of the block in the document, how many of the
-    document's positions never existed, and how many follow its stop. BRANCHES (N, 3): length, rate, distance of its
-    query rows. OFFSETS (N, G). PLACES (N, 2): where HK and HV have its rows from before and from after what is at hand.
+    document's positions never existed, and how many follow its stop. BRANCHES (N, 4): length, rate, distance of its
+    query rows, how many rows of a segment it keeps at most. OFFSETS (N, G). PLACES (N, 2): where HK and HV have its
+    rows from before and from after what is at hand.
     covering: the last branch, if every query is in it; else −1. is_more: OUT and LSE have what other keys gave.
     The sources are FROM, FROM + STEP … below TO.
     """
@@ -160,17 +161,17 @@ def attend(
             tl.store(lse_base + p, tl.full([ROWS], float("-inf"), tl.float32), mask=live)
     tl.debug_barrier()
     for branch in range(N):
-        length, rate = tl.load(BRANCHES + 3 * branch), tl.load(BRANCHES + 3 * branch + 1)
-        q_rate = tl.load(BRANCHES + 3 * branch + 2)
+        length, rate = tl.load(BRANCHES + 4 * branch), tl.load(BRANCHES + 4 * branch + 1)
+        q_rate, most = tl.load(BRANCHES + 4 * branch + 2), tl.load(BRANCHES + 4 * branch + 3)
         offset = tl.load(OFFSETS + branch * G + g)
         q_offset = tl.where(q_rate == rate, offset, 0)
         for segment in range(p_low // length, (p_high + length - 1) // length):
             base = segment * length
             positions = tl.minimum(length, tokens - base)
-            absent = count_rows(unborn - base, offset, rate)
-            at_hand = count_rows(p_hand - base, offset, rate)
-            n_keys = count_rows(positions, offset, rate)
-            end = count_rows(tl.minimum(length, tokens + beyond - base), offset, rate)
+            absent = count_rows(unborn - base, offset, rate, most)
+            at_hand = count_rows(p_hand - base, offset, rate, most)
+            n_keys = count_rows(positions, offset, rate, most)
+            end = count_rows(tl.minimum(length, tokens + beyond - base), offset, rate, most)
             low, high = rows_between(
                 tl.maximum(p_low - base, 0), tl.minimum(p_high - base, positions), q_offset, q_rate
             )

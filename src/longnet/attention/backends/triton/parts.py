@@ -113,9 +113,8 @@ def table_of(
     rows, firsts, tokens, before = torch.tensor(documents, dtype=torch.int64).view(-1, 4).unbind(1)
     kinds = sorted({(part.branch, part.rate, part.phases) for part in parts})
     branches, rates, phases = torch.tensor(kinds, dtype=torch.int64).unbind(1)
-    length, inside = _within_32_bits(
-        torch.tensor(whole.pattern.segment_lengths, dtype=torch.int64)[branches, None], before, tokens, rates[:, None]
-    )
+    lengths = torch.tensor([branch.length for branch in whole.pattern.all_branches], dtype=torch.int64)
+    length, inside = _within_32_bits(lengths[branches, None], before, tokens, rates[:, None])
     # One row for each (batch, head) of each part: all of them at once, since packed documents have many.
     columns = [
         (*part[3], kinds.index(part[:3]), part[4], *part[5], *part[6], *(part[7] or (0, 0, 0))) for part in parts

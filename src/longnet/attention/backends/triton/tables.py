@@ -13,6 +13,7 @@ from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Run, Whole
 
 AT_HAND, HALO, EVERYWHERE = range(1, 2), range(0, 3, 2), range(3)  # the sources of keys, as `forward` has them
+_NO_END, _ALL_ROWS = 2**30, 2**31 - 1  # as 32 bits hold them; positions lie below the first
 Span = tuple[Run, int, int]  # and its positions low … high − 1
 
 
@@ -20,7 +21,7 @@ class Tables(NamedTuple):
     """A pattern on the device: those of its branches that thin their queries first.
 
     Attributes:
-        branches: (N, 3) int32, length, rate, distance of the queries.
+        branches: (N, 4) int32, length, rate, distance of the queries, rows kept of a segment at most.
         offsets: (N, G) int32.
         covering: the last branch if every query is in it, else −1.
         most: the largest distance of queries or keys.
@@ -34,24 +35,27 @@ class Tables(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def tables_of(pattern: DilationPattern, num_kv_heads: int, device: torch.device) -> Tables:
-    branches = [pattern.branches[index] for index in _order(pattern)]
-    rows = [(length, rate, 1 if pattern.queries == "all" else rate) for length, rate in branches]
-    offsets = [[pattern.offset(rate, head, num_kv_heads) for head in range(num_kv_heads)] for _, rate in branches]
+    branches = [pattern.all_branches[index] for index in _order(pattern)]
+    rows = [
+        (min(length, _NO_END), rate, 1 if is_dense else rate, min(most, _ALL_ROWS))
+        for length, rate, most, is_dense in branches
+    ]
+    offsets = [[pattern.offset(branch.rate, head, num_kv_heads) for head in range(num_kv_heads)] for branch in branches]
     return Tables(
         torch.tensor(rows, dtype=torch.int32, device=device),
         torch.tensor(offsets, dtype=torch.int32, device=device),
         len(rows) - 1 if rows[-1][2] == 1 else -1,
-        branches[0][1],
+        branches[0].rate,
     )
 
 
 def _order(pattern: DilationPattern) -> list[int]:
     """Return the branches as the tables have them: those that thin their queries most come first."""
-    return sorted(range(len(pattern.branches)), key=lambda index: -pattern.dilation_rates[index])
+    return sorted(range(len(pattern.all_branches)), key=lambda index: -pattern.all_branches[index].rate)
 
 
 def places_of(whole: Whole, device: torch.device) -> Tensor:
-    none = (0,) * len(whole.pattern.branches)
+    none = (0,) * len(whole.pattern.all_branches)
     return _places_on(whole.pattern, whole.earlier or none, whole.later or none, device)
 
 
@@ -82,7 +86,7 @@ def spans_of(whole: Whole, sources: range, skipped: int) -> tuple[Span, ...]:
         return tuple((run, max(run.first, skipped - run.start, 0), run.stop - run.start) for run in whole.runs)
     spans: dict[Run, tuple[int, int]] = {}
     for run, branch, base, *_ in _cuts(whole):
-        end = base + whole.pattern.segment_lengths[_order(whole.pattern)[branch]]
+        end = base + whole.pattern.all_branches[_order(whole.pattern)[branch]].length
         low, high = spans.get(run, (base, end))
         spans[run] = min(low, base), max(high, end)
     return tuple(
@@ -97,14 +101,16 @@ def _cuts(whole: Whole) -> Iterator[tuple[Run, int, int, int, int]]:
         tokens = run.stop - run.start
         hand = max(-run.start, run.first)
         for branch, index in enumerate(_order(whole.pattern)):
-            length = whole.pattern.segment_lengths[index]
+            length, rate, rows, _ = whole.pattern.all_branches[index]
             if hand < tokens and hand % length:
                 base = hand - hand % length
-                if (low := max(run.first - base, 0)) < hand - base:
-                    yield run, branch, base, low, hand - base
+                high = min(hand - base, rows * rate)
+                if (low := max(run.first - base, 0)) < high:
+                    yield run, branch, base, low, high
             inside = tokens % length
-            if run.beyond and inside and not whole.is_causal:
-                yield run, branch, tokens - inside, inside, min(length, inside + run.beyond)
+            high = min(length, inside + run.beyond, rows * rate)
+            if run.beyond and 0 < inside < high and not whole.is_causal:
+                yield run, branch, tokens - inside, inside, high
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,7 +129,7 @@ def work_of(spans: tuple[Span, ...], length: int, device: torch.device) -> Tenso
 @functools.lru_cache(maxsize=64)
 def halo_work_of(whole: Whole, rows: int, device: torch.device) -> Tensor:
     """Return (blocks, 9) int32, `backward.backward_halo`'s WORK."""
-    rates = [whole.pattern.dilation_rates[index] for index in _order(whole.pattern)]
+    rates = [whole.pattern.all_branches[index].rate for index in _order(whole.pattern)]
     blocks = [
         (row, run.start, run.stop, run.first, branch, base, low, high, skip)
         for run, branch, base, low, high in _cuts(whole)
