@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import os
 import platform
 import re
 import resource
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_MEMORY = Path("/proc/meminfo")
 
 
 def take_device(name: str, *, option: str = "train.device") -> torch.device:
@@ -43,6 +46,27 @@ def take_device(name: str, *, option: str = "train.device") -> torch.device:
     if device.type == "cpu" and torch.set_flush_denormal(True):
         warnings.filterwarnings("ignore", message="The value of the smallest subnormal")  # numpy 1's, which sees it
     return device
+
+
+def refuse_beyond_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
+    """Raise ValueError where what is asked for cannot fit the device's memory, swap included, whatever else is there.
+
+    Args:
+        needed: bytes, of what is certainly held at one time.
+        what: needs them.
+        remedy: what to give instead.
+        device: that holds them; the CPU when None.
+    """
+    if device is not None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        swap = re.search(r"SwapTotal:\s*(\d+) kB", _MEMORY.read_text()) if _MEMORY.exists() else None
+        there += 1024 * int(swap[1]) if swap else 0
+    if needed > there:
+        raise ValueError(
+            f"{what} needs at least {needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f}: give {remedy}"
+        )
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Pass keys against models that copy, and that don't."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_batches_change_nothing(tokenizer, split):
     assert one == all_
 
 
+def test_prompts_are_made_as_they_are_asked(tokenizer, split):
+    """A list of all of them was out of memory, or never whole."""
+    found = [prompt.key.tolist() for prompt in itertools.islice(make_prompts(tokenizer, split, 40, trials=10**18), 3)]
+    assert found == [prompt.key.tolist() for prompt in make_prompts(tokenizer, split, 40, trials=3)]
+
+
 def test_exact_is_what_greedy_generation_writes(tokenizer, split, model):
     model.float()
     (result,) = retrieve(model, tokenizer, split, (40,), trials=4)
@@ -100,7 +107,7 @@ def test_exact_is_what_greedy_generation_writes(tokenizer, split, model):
 )
 def test_distances_that_cannot_be_made_are_refused(tokenizer, split, distance, message):
     with pytest.raises(ValueError, match=message):
-        make_prompts(tokenizer, split, distance, trials=1)
+        next(make_prompts(tokenizer, split, distance, trials=1))
 
 
 def test_distances_double():

@@ -11,6 +11,7 @@
 | tried here | more memory than there is: a traceback | one line |
 | tried here | generate() of a prompt of 4.8 MB: 10.6 GB, in one piece | in parts of 8,192: tests/model/test_cache.py |
 | tried here | a LongNet beyond max_position_embeddings: a "friendly reminder", or no text by default | neither |
+| tried here | workers, ranks, layers, widths, batches beyond any memory: killed | one line, before the work |
 | tried here | learned positions, xPos of one centre: an error after the text had begun | before it |
 """
 
@@ -26,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.cli.model import load_model
 from longnet.data.tokenizer import load_tokenizer
+from longnet.model.budget import count_parameters
 
 
 def one_line(capsys):
@@ -156,3 +158,32 @@ def test_a_configuration_that_a_library_stumbles_over(call, tmp_path, capsys, co
     (tmp_path / "model" / "config.json").write_text(content)
     assert call("info", tmp_path / "model") == 2
     assert f"the model in {tmp_path / 'model'} cannot be loaded" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("prepare x.txt -o out --workers 1000000000", "--workers 1,000,000,000 needs at least"),
+        ("bench distributed -o out --ranks 1000000000", "--ranks 1,000,000,000 needs at least"),
+        ("train RECIPE -o out --model.num_hidden_layers 1000000000", "the model, which begins on the CPU, needs at"),
+        ("train RECIPE -o out --model.intermediate_size 100000000000", "the model, which begins on the CPU, needs at"),
+        ("train RECIPE -o out --train.batch_sequences 10000000000", "training (weights, gradients, Adam, the layers'"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_the_work(call, run_folder, tmp_path, monkeypatch, capsys, typed, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("some text")
+    places = {"RECIPE": run_folder / "recipe.toml"}
+    assert call(*(places.get(word, word) for word in typed.split())) == 2
+    assert one_line(capsys).startswith(f"longnet: {said}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_count_of_layers_that_are_not_built():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 50, "segment_lengths": (8,),
+             "dilation_rates": (1,), "position_embedding": "none"}  # fmt: skip
+    for layers in (1, 2, 5):
+        config = LongNetConfig(num_hidden_layers=layers, **sizes)
+        built = LongNetForCausalLM(config)
+        assert count_parameters(config).total == sum(weight.numel() for weight in built.parameters())
+    assert count_parameters(LongNetConfig(num_hidden_layers=10**12, **sizes)).total > 10**15

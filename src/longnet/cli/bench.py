@@ -13,6 +13,8 @@ from longnet.cli.check import at_least_one, refuse_unused
 
 app = cyclopts.App(name="bench", help="Measure, each figure behind a check that the result is right.")
 
+_RANK = 2**27  # bytes that a process of Python with torch holds, at the very least
+
 
 @app.command(name="attention")
 def bench_attention(
@@ -195,12 +197,14 @@ def bench_distributed(
 
     from longnet.bench import distributed, record
     from longnet.bench.attention import GateError
+    from longnet.measurement import refuse_beyond_memory
 
     settings = distributed.QUICK if quick else distributed.Settings()
     for name, number in (("ranks", ranks), ("repeats", repeats)):
         if number is not None:
             at_least_one(**{name: number})
             settings = dataclasses.replace(settings, **{name: number})
+    refuse_beyond_memory(settings.ranks * _RANK, f"--ranks {settings.ranks:,}", "as many as cores are free")
     output = _folder(output, quick=quick)
     console = Console(highlight=False)
     try:

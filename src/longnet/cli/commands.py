@@ -147,7 +147,7 @@ def is_users_mistake(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether Python, the CPU's allocator of torch, or a GPU has found too little memory."""
-    said = ("can't allocate memory", "out of memory", "not enough memory")
+    said = ("can't allocate memory", "out of memory", "not enough memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 

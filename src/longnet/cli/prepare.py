@@ -13,6 +13,8 @@ from longnet.cli.check import at_least_one, check_folder, refuse_unused
 if TYPE_CHECKING:
     from longnet.data.preparation import Prepared
 
+_WORKER = 2**25  # bytes that a process of Python with a tokenizer holds, at the very least
+
 
 def prepare(
     *paths: str,
@@ -71,7 +73,10 @@ def prepare(
         raise ValueError("give at least one path to prepare, like: longnet prepare src docs -o DATA")
     check_folder(output)
     if workers is not None:
+        from longnet.measurement import refuse_beyond_memory
+
         at_least_one(workers=workers)
+        refuse_beyond_memory(workers * _WORKER, f"--workers {workers:,}", "fewer; one per core is the default")
     if train_bpe is not None:
         refuse_unused("is contradicted by --train-bpe, which makes a tokenizer: give one of them", tokenizer=tokenizer)
     options = Options(

@@ -6,6 +6,7 @@ was said so many tokens before, whatever the model knows of the text.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,13 +98,16 @@ def iterate_passkey(
     model.eval()  # type: ignore[no-untyped-call]
     try:
         for distance in sorted(set(distances)):
-            prompts = make_prompts(tokenizer, split, distance, trials=trials, seed=seed)
-            exact, losses = _answers(model, prompts, batch_tokens, torch.device(device), is_told=True)
-            _, control = _answers(model, prompts, batch_tokens, torch.device(device), is_told=False)
+            prompt_tokens, parts = 0, []
+            for prompts in _batches(make_prompts(tokenizer, split, distance, trials=trials, seed=seed), batch_tokens):
+                prompt_tokens = len(prompts[0].told)
+                exact, losses = _answers(model, prompts, torch.device(device), is_told=True)
+                parts.append((exact, losses, _answers(model, prompts, torch.device(device), is_told=False)[1]))
+            exact, losses, control = (np.concatenate(part) for part in zip(*parts, strict=True))
             gain = mean_difference(control - losses)
             yield PasskeyResult(
                 distance=distance,
-                prompt_tokens=len(prompts[0].told),
+                prompt_tokens=prompt_tokens,
                 trials=trials,
                 exact=float(exact.mean()),
                 loss=float(losses.mean()),
@@ -116,8 +120,8 @@ def iterate_passkey(
 
 def make_prompts(
     tokenizer: PreTrainedTokenizerBase, split: Split, distance: int, *, trials: int, seed: int = 0
-) -> list[Prompt]:
-    """Return trials of one length, filler from places of the split drawn at random.
+) -> Iterator[Prompt]:
+    """Yield trials of one length, filler from places of the split drawn at random.
 
     Raises:
         ValueError: as `iterate_passkey`.
@@ -138,7 +142,6 @@ def make_prompts(
             f"a passkey distance of {distance:,} needs {filler:,} tokens of filler, and the {split.name} split has "
             f"{split.tokens:,}: shorten the distances"
         )
-    prompts = []
     for _ in range(trials):
         key, other = _draw_keys(tokenizer, random, key_tokens)
         start = int(random.integers(0, split.tokens - filler + 1))
@@ -146,29 +149,32 @@ def make_prompts(
         told, control = (
             np.concatenate([text[:_LEAD], said, told_key, after, text[_LEAD:], asked]) for told_key in (key, other)
         )
-        prompts.append(Prompt(told, control, key))
-    return prompts
+        yield Prompt(told, control, key)
+
+
+def _batches(prompts: Iterator[Prompt], batch_tokens: int) -> Iterator[list[Prompt]]:
+    """Yield prompts of one length in batches, never all of them at once."""
+    for first in prompts:
+        size = max(1, batch_tokens // (len(first.told) + len(first.key)))
+        yield [first, *itertools.islice(prompts, size - 1)]
 
 
 @torch.no_grad()
 def _answers(
-    model: PreTrainedModel, prompts: Sequence[Prompt], batch_tokens: int, device: torch.device, *, is_told: bool
+    model: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device, *, is_told: bool
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
     """Return, of each prompt, whether the key is the greedy continuation (1 or 0), and the mean loss of its tokens.
 
     The key's tokens are given as input one after the other. They are what greedy generation writes if and only if each
     is the likeliest after the ones before: so one pass tells both.
     """
-    exact, losses = [], []
     keys = torch.from_numpy(np.stack([prompt.key for prompt in prompts])).to(device)
     rows = torch.from_numpy(np.stack([prompt.told if is_told else prompt.other for prompt in prompts])).to(device)
-    size = max(1, batch_tokens // (rows.shape[1] + keys.shape[1]))
-    for ids, key in zip(torch.split(rows, size), torch.split(keys, size), strict=True):
-        inputs = torch.cat([ids, key[:, :-1]], 1)
-        logits: Tensor = model(input_ids=inputs, use_cache=False, logits_to_keep=key.shape[1]).logits
-        exact.append((logits.argmax(-1) == key).all(1).double())
-        losses.append(functional.cross_entropy(logits.double().mT, key, reduction="none").mean(1))
-    return torch.cat(exact).numpy(force=True), torch.cat(losses).numpy(force=True)
+    inputs = torch.cat([rows, keys[:, :-1]], 1)
+    logits: Tensor = model(input_ids=inputs, use_cache=False, logits_to_keep=keys.shape[1]).logits
+    exact = (logits.argmax(-1) == keys).all(1).double()
+    losses = functional.cross_entropy(logits.double().mT, keys, reduction="none").mean(1)
+    return exact.numpy(force=True), losses.numpy(force=True)
 
 
 def _draw_keys(tokenizer: PreTrainedTokenizerBase, random: np.random.Generator, tokens: int) -> tuple[_Ids, _Ids]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import copy
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,13 @@ class Memory(NamedTuple):
 
 def count_parameters(config: PreTrainedConfig) -> Parameters:
     """Count the weights of any causal model, which is built without memory."""
+    if isinstance(config, LongNetConfig) and config.num_hidden_layers > 2:
+        # They are alike: two and their difference tell of any number.
+        layers = config.num_hidden_layers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what so few layers lack
+            one, two = (count_parameters(_with_layers(config, count)) for count in (1, 2))
+        return Parameters(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         model.tie_weights()  # transformers 5.0 does not, without memory
@@ -68,6 +77,12 @@ def count_parameters(config: PreTrainedConfig) -> Parameters:
         embedding=sum(weight.numel() for weight in heads.values()),
         multiplied=sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
     )
+
+
+def _with_layers(config: LongNetConfig, layers: int) -> LongNetConfig:
+    other = copy.deepcopy(config)
+    other.num_hidden_layers = layers
+    return other
 
 
 def step_flops(config: LongNetConfig, *, tokens: int, sequences: int) -> int:

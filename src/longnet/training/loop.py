@@ -26,8 +26,9 @@ from longnet.data.shards import TokenData
 from longnet.data.unknown import refuse_lost
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
-from longnet.measurement import peak_bytes, take_device
+from longnet.measurement import peak_bytes, refuse_beyond_memory, take_device
 from longnet.model import LongNetForCausalLM
+from longnet.model.budget import count_parameters
 from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import training_flops
 from longnet.model.patterns import heads_of
@@ -96,6 +97,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
             unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
         if recipe.sample.every and recipe.sample.prompt:
             refuse_lost(AutoTokenizer.from_pretrained(data.tokenizer_folder), recipe.sample.prompt, "sample.prompt")
+        _refuse_size(recipe, recipe.model_config(data), ranks)
         ranks.on_first(lambda: stack.enter_context(lock_run(output)))
         checkpoint = ranks.on_first(lambda: starting_point(output, data, tables, ranks, resume=resume))
         random.seed(recipe.train.seed)
@@ -119,6 +121,21 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
                 checkpoint,
             )  # fmt: skip
             return run.run()
+
+
+def _refuse_size(recipe: Recipe, config: LongNetConfig, ranks: Ranks) -> None:
+    """Raise ValueError where no such machine can hold the model, or the layers' inputs of a batch."""
+    train = recipe.train
+    weights = 4 * count_parameters(config).total
+    refuse_beyond_memory(weights, "the model, which begins on the CPU,", "fewer or narrower layers, fewer tokens")
+    if ranks.size == 1:
+        sequences = train.batch_sequences // train.accumulate
+        kept = 1 if train.checkpoint_activations else config.num_hidden_layers
+        inputs = sequences * (train.chunk_tokens or train.tokens) * config.hidden_size * (2 * kept)
+        refuse_beyond_memory(
+            4 * weights + inputs, "training (weights, gradients, Adam, the layers' inputs)",
+            "a smaller model, fewer tokens or sequences, or more parts with train.accumulate", ranks.device,
+        )  # fmt: skip
 
 
 def _refuse_backend(recipe: Recipe, config: LongNetConfig, device: torch.device) -> None:
