@@ -51,8 +51,10 @@ def combine(
         phase = u - row * rate
         entry = tl.load(bases) + (segment * H + h) * phases + tl.where(phases > 1, phase, 0)
         entry = ENTRIES + 7 * entry.to(tl.int64)
-        there = live & (phase == tl.load(entry + 6, mask=live, other=-1))
-        there &= (row >= tl.load(entry + 4, mask=live, other=0)) & (row < tl.load(entry + 5, mask=live, other=0))
+        begin = tl.load(entry + 4, mask=live, other=0).to(tl.int32)
+        end = tl.load(entry + 5, mask=live, other=0).to(tl.int32)
+        of_phase = tl.load(entry + 6, mask=live, other=0).to(tl.int32)
+        there = live & (phase == of_phase) & (row >= begin) & (row < end)
         at = tl.load(entry, mask=there, other=0).to(LIKE.dtype)
         at += row.to(tl.int64) * tl.load(entry + 1, mask=there, other=0)
         at = tl.multiple_of(at, 16)  # of bytes
@@ -81,7 +83,7 @@ def combine(
             m = m_new
         some = total > 0.0
         total = tl.where(some, total, 1.0)
-        acc = acc / total[:, None]
+        acc *= (1.0 / total)[:, None]
         lse = tl.where(some, m + tl.log(total), float("-inf"))
         tl.store(lse_row + at_row * l_t, lse, mask=live)
     store_rows(out, first + x, o_t, acc, live, D, DP)

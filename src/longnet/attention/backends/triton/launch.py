@@ -397,8 +397,8 @@ def combine(
 
 
 def combine_blocks(head_dim: int) -> Blocks:
-    """Return how `combine` is cut: 16 numbers of a result a thread; it has no keys."""
-    return Blocks(max(8, 2048 // padded(head_dim)), 0, 4, 1)
+    """Return how `combine` is cut: 16 numbers of a result a thread, 8 of short rows, or it spills; it has no keys."""
+    return Blocks(max(8, min(64, 2048 // padded(head_dim))), 0, 4, 1)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:
