@@ -113,17 +113,22 @@ def test_text_and_repr_read_back(pattern):
 
 @given(
     st.integers(2, 5000), st.integers(2, 40), st.sampled_from([0.1, 0.25, 0.6, 1.0]), st.sampled_from(["kept", "all"]),
-    st.booleans(),
+    st.booleans(), st.sampled_from([0, 1]),
 )  # fmt: skip
-def test_a_recommended_pattern_keeps_to_its_budget_and_reaches_everything(tokens, heads, budget, queries, rotates):
+def test_a_recommended_pattern_keeps_to_its_budget_and_reaches_everything(
+    tokens, heads, budget, queries, rotates, global_tokens
+):
     def cost(pattern):
         return pattern.flops(tokens=tokens, num_heads=heads, head_dim=1, is_causal=True)
 
     try:
-        pattern = DilationPattern.for_length(tokens, heads, budget=budget, queries=queries, rotate_offsets=rotates)
+        pattern = DilationPattern.for_length(
+            tokens, heads, budget=budget, queries=queries, rotate_offsets=rotates, global_tokens=global_tokens
+        )
     except ValueError:
-        assert budget < 1  # at 1 dense attention itself would do
+        assert budget < 1 or (global_tokens and tokens < 16)  # at 1 dense attention itself would do
         return
+    assert pattern.global_tokens == global_tokens
     assert cost(pattern) <= budget * cost(DilationPattern((tokens,), (1,)))
     assert pattern.dilation_rates[0] == 1
     assert pattern.segment_lengths[-1] == tokens
@@ -137,6 +142,7 @@ def test_recommended_patterns():
 
     assert of(512, 8) == "64:1,512:8;all"
     assert of(32768, 12) == "4096:1,32768:8;all"
+    assert of(32768, 12, global_tokens=1) == "4096:1,32768:8;all;global=1"
     assert of(2**20, 8, budget=0.01, rotate_offsets=True) == "2048:1,16384:8,131072:64,1048576:512;all"
     with pytest.raises(ValueError, match=r"rates up to 2.* costs 0.26 .* some more than 1/2"):
         of(4096, 2)

@@ -107,7 +107,7 @@ def test_it_shows_and_nothing_overflows(show):
 def test_it_can_be_used_without_a_mouse(browser):
     page = browser.new_page()
     page.goto(PAGE.as_uri() + "#p=8:1,16:2;all&n=32&h=2&c=1&q=9")
-    assert page.get_by_label("Tokens").input_value() == "32"
+    assert page.get_by_label("Tokens", exact=True).input_value() == "32"
     assert "Query 9 attends" in page.locator("#told").inner_text()
     assert "head 0: 8:1 2, 16:2 5; head 1: 8:1 2, 16:2 5." in page.locator("#told").inner_text()
     colours = page.evaluate("[...element('keys').getContext('2d').getImageData(0, 2, 32, 1).data]")[::4]

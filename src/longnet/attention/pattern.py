@@ -148,6 +148,7 @@ class DilationPattern:
         budget: float = 0.26,
         queries: Queries = "all",
         rotate_offsets: bool = False,
+        global_tokens: int = 0,
     ) -> Self:
         """Return the pattern that we recommend for a length: of those within a budget the one with the widest window.
 
@@ -162,6 +163,7 @@ class DilationPattern:
             budget: FLOPs as a share of dense causal attention's, above 0 and at most 1.
             queries: `"all"` or `"kept"`.
             rotate_offsets: the model has `rotate_offsets=True`.
+            global_tokens: as in the pattern; 1 for a model that was trained with dense attention.
 
         Raises:
             ValueError: numbers out of range, or a budget that no pattern keeps to.
@@ -181,7 +183,7 @@ class DilationPattern:
             for factor in (8, 4):
                 rates = [factor**step for step in range(tokens.bit_length()) if factor**step < largest]
                 lengths = (*(window * rate for rate in rates), tokens)
-                pattern = cls(lengths, (*rates, largest), queries=queries)
+                pattern = cls(lengths, (*rates, largest), queries=queries, global_tokens=global_tokens)
                 if cost(pattern) <= allowed:
                     return pattern
         raise ValueError(
