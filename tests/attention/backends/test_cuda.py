@@ -230,6 +230,19 @@ def test_rows_that_16_bytes_do_not_divide_are_copied(offset, step, aligned, monk
     assert torch.empty_like(dense).stride() == torch.empty_like(x).stride()
 
 
+def test_what_a_user_gives_is_made_dense_before_a_kernel_reads_it(monkeypatch):
+    """The gradient of the output too, which comes as autograd has it."""
+    given = []
+    monkeypatch.setattr(registration, "rows_dense", lambda x: given.append(x.data_ptr()) or rows_dense(x))
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    out, lse = dilated_attention(q, k, v, PATTERN, return_lse=True)
+    dout = torch.randn(1, 2, 40, 16)[..., ::2]
+    del given[:]
+    _, backward = registration.implement(dilated._lay_out, dilated._as_one)
+    backward(dout, q, k, v, out, lse, None, *PATTERN.arguments, False, 0.3, "auto")
+    assert {x.data_ptr() for x in (dout, q, k, v)} <= set(given)
+
+
 def test_an_axis_of_one_entry_has_a_stride_of_its_tensors(aten, monkeypatch):
     use(monkeypatch, cuda.FlashCUDA())
     strides = []
@@ -358,13 +371,40 @@ def test_under_capture_parts_are_merged_one_by_one(put_together, monkeypatch):
     assert not combined.combines(q)
 
 
+def packed_documents(tokens=32768):
+    """32 documents of their own lengths, as bounds."""
+    edges = torch.arange(33) * (tokens // 32) + torch.arange(33) * (torch.arange(33) - 32)
+    assert len(set(edges.diff().tolist())) == 32
+    return dilated.document_bounds(edges, tokens)
+
+
+@pytest.mark.parametrize(("queries", "bars"), [("kept", (354, 710, 5)), ("all", (1398, 2798, 9))])
+def test_launches_of_packed_documents_put_together(queries, bars, put_together, monkeypatch):
+    """Kernel calls and no merges; and few layers of entries, of which the launch that reads them walks all."""
+    use(monkeypatch, cuda.FlashCUDA())
+    layers, table_of = [], launch.table_of
+    monkeypatch.setattr(launch, "table_of", lambda *x: layers.append(table_of(*x)) or layers[-1])
+    q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
+    paper, bounds = DilationPattern.paper(), packed_documents()
+    pattern = DilationPattern(paper.segment_lengths, paper.dilation_rates, queries=queries)
+    arguments = (*pattern.arguments, True, 0.1, "auto")
+    forward, backward = registration.implement(dilated._lay_out, dilated._as_one)
+    out, lse = forward(q, k, v, bounds, None, *arguments)  # and once more, since the first call sends tables
+    backward(out, q, k, v, out, lse, bounds, *arguments)
+    with Launches() as there:
+        out, lse = forward(q, k, v, bounds, None, *arguments)
+    with Launches() as back:
+        backward(out, q, k, v, out, lse, bounds, *arguments)
+    assert there.counts.total() + 1 <= bars[0], there.counts
+    assert back.counts.total() + 3 <= bars[1], back.counts
+    assert max(len(table.layers) for table in layers) <= bars[2]
+
+
 def test_launches_of_packed_documents(monkeypatch):
     """A tile is of one length: 32 documents of their own lengths are 20 times the launches; fused, they are one."""
     use(monkeypatch, cuda.FlashCUDA())
     monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
-    edges = torch.arange(33) * 1024 + torch.arange(33) * (torch.arange(33) - 32)
-    bounds = dilated.document_bounds(edges, 32768)
-    assert len(set(edges.diff().tolist())) == 32
+    bounds = packed_documents()
     q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
     arguments = (*DilationPattern.paper().arguments, True, 0.1)
     forward, backward = registration.implement(dilated._lay_out, dilated._as_one)
