@@ -173,6 +173,8 @@ CONTRADICTIONS = [
     ("info long-step --memory 8", "--memory asks for the longest sequence"),
     ("encode x.pth x.h5 --segment-lengths 8 --max-wsi-size 512", "--max-wsi-size makes the segment lengths"),
     ("convert x.txt out --segment-lengths 8 --max-wsi-size 512", "--max-wsi-size makes the segment lengths"),
+    ("convert x.txt out --num-heads 0", "--num-heads must be at least 1, got 0"),
+    ("convert x.txt out --max-wsi-size 0", "--max-wsi-size must be at least 1, got 0"),
     ("convert x.txt out --no-deepnorm", "--deepnorm is of language models"),
     ("convert x.txt out --sinusoidal", "--sinusoidal is of language models"),
     ("convert x.txt out --kind longvit --tile-size 256", "--tile-size is of other kinds than LongViT"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import cyclopts
 
-from longnet.cli.check import refuse_unused
+from longnet.cli.check import at_least_one, refuse_unused
 
 
 def convert(
@@ -70,6 +70,8 @@ def convert(
         raise FileNotFoundError(f"there is no {source}")
     if target.exists():
         raise FileExistsError(f"{target} is there already: choose another name")
+    sizes = {"num_heads": num_heads, "max_wsi_size": max_wsi_size, "tile_size": tile_size}
+    at_least_one(**{name: size for name, size in sizes.items() if size is not None})
     of_slides = {"max_wsi_size": max_wsi_size, "tile_size": tile_size, "classifier_layers": classifier_layers}
     fields: dict[str, Any] = {
         "xpos_scale_base": xpos_scale_base, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id,
@@ -116,7 +118,7 @@ def convert(
         if not segment_lengths or not dilation_rates:
             raise ValueError("a language model needs --segment-lengths and --dilation-rates, which no tensor tells")
         model = longnet.load_torchscale_lm(
-            source, num_heads or 16, segment_lengths, dilation_rates,
+            source, 16 if num_heads is None else num_heads, segment_lengths, dilation_rates,
             deepnorm=deepnorm, scale_embedding=scale_embedding, sinusoidal=sinusoidal,
             **{name: value for name, value in fields.items() if value is not None},
         )  # fmt: skip

@@ -80,7 +80,8 @@ def prepare(
     if train_bpe is not None:
         refuse_unused("is contradicted by --train-bpe, which makes a tokenizer: give one of them", tokenizer=tokenizer)
     options = Options(
-        sources=paths, tokenizer=tokenizer or "bytes", train_bpe=train_bpe, text_field=text_field, suffixes=suffixes,
+        sources=paths, tokenizer="bytes" if tokenizer is None else tokenizer, train_bpe=train_bpe,
+        text_field=text_field, suffixes=suffixes,
         exclude=exclude, validation=validation, split_by=split_by, drop_duplicates=drop_duplicates,
         shard_tokens=shard_tokens, skip_damaged=skip_damaged, fasta_case=fasta_case, fasta_n=fasta_n,
     )  # fmt: skip

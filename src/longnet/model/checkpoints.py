@@ -117,11 +117,14 @@ def load_gigapath(
         if tile_size is not None:
             replaced["tile_size"] = tile_size
         if max_wsi_size is not None:
-            replaced["segment_lengths"] = segments_for(max_wsi_size, tile_size or config.tile_size)
+            replaced["segment_lengths"] = segments_for(
+                max_wsi_size, config.tile_size if tile_size is None else tile_size
+            )
         kind = LongNetForSlideClassification if _holds(config, LongNetForSlideClassification) else LongNetSlideModel
         return load_folder(kind, path, **replaced)  # type: ignore[no-any-return]
-    num_heads, tile_size = num_heads or _HEADS, tile_size or _TILE_SIZE
-    max_wsi_size = max_wsi_size or _MAX_WSI_SIZE
+    num_heads = _HEADS if num_heads is None else num_heads
+    tile_size = _TILE_SIZE if tile_size is None else tile_size
+    max_wsi_size = _MAX_WSI_SIZE if max_wsi_size is None else max_wsi_size
     weights = read_weights(Path(path))
     prefix = "slide_encoder." if "slide_encoder.cls_token" in weights else ""
     embed = _need(weights, f"{prefix}patch_embed.proj.weight", "(width, feature width)", path)
@@ -214,7 +217,7 @@ def load_longvit(
         "num_channels": embed.shape[1],
         "hidden_size": embed.shape[0],
         "num_hidden_layers": _depth(weights, path),
-        "num_attention_heads": num_heads or _HEADS,
+        "num_attention_heads": _HEADS if num_heads is None else num_heads,
         "intermediate_size": fc1.shape[0],
         "dilation_rates": _RATES,
         **replaced,
