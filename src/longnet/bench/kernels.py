@@ -42,7 +42,7 @@ def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int) -> launch.Blocks:
     """Return how a kernel is cut where it is launched."""
     name, _, has_halo = kernel.partition(", ")
     if name == "combine":
-        return launch.combine_blocks(head_dim)
+        return launch.combine_blocks(dtype, head_dim)
     if name == "attend":
         return launch.forward_blocks(dtype, head_dim, has_halo=bool(has_halo))
     if name == "backward_queries":

@@ -379,7 +379,7 @@ def combine(
     from longnet.attention.backends.triton import combine as kernels
 
     head_dim, like = out.shape[3], parts[0].out
-    blocks = combine_blocks(head_dim)
+    blocks = combine_blocks(like.dtype, head_dim)
     table = table_of(
         tuple(placed(part, out) for part in parts), out.shape[:3], out.stride()[:3], like.itemsize, whole, skipped,
         blocks.rows, out.device,
@@ -396,9 +396,10 @@ def combine(
     )  # fmt: skip
 
 
-def combine_blocks(head_dim: int) -> Blocks:
-    """Return how `combine` is cut: 16 numbers of a result a thread, 8 of short rows, or it spills; it has no keys."""
-    return Blocks(max(8, min(64, 2048 // padded(head_dim))), 0, 4, 1)
+def combine_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
+    """Return how `combine` is cut: 16 numbers of a result a thread, 8 in float32 or of short rows, or it spills."""
+    numbers = 1024 if dtype == torch.float32 else 2048
+    return Blocks(max(4, min(64, numbers // padded(head_dim))), 0, 4, 1)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:
