@@ -36,6 +36,14 @@ def test_show_prints_cost_reach_and_state(monkeypatch, capsys, tmp_path):
     assert picture.stat().st_size > 5000
 
 
+def test_show_counts_the_rows_of_global_tokens(monkeypatch, capsys):
+    assert run(monkeypatch, "show", "16:1,64:4;all;global=2", "-n", "64", "--heads", "4") == 0
+    printed = capsys.readouterr().out
+    rows = [int(row.split("│")[3]) for row in printed.splitlines() if row.startswith("│")]
+    assert rows == [16, 16, 2]
+    assert f"state  {sum(rows)} rows" in printed
+
+
 def test_show_writes_the_explorer(monkeypatch, capsys, tmp_path):
     page, opened = tmp_path / "pattern.html", []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)

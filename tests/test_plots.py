@@ -50,6 +50,15 @@ def test_pictures_are_written(tmp_path, suffix):
     assert path.stat().st_size > 5000
 
 
+def test_a_title_of_several_lines_stands_above_all_panels_alone(tmp_path):
+    """Below the top ones is the room of one line, and a second one lies on the panel above."""
+    path = tmp_path / "pattern.svg"
+    draw_pattern(DilationPattern((16, 32), (1, 2), global_tokens=3), path, tokens=64, num_heads=2)
+    drawn = path.read_text()
+    assert drawn.count("global") == drawn.count("<!-- w = 16 -->") == 1
+    assert drawn.count("<!-- offset 1 -->") == 1
+
+
 def test_a_picture_of_three_branches_can_be_read_on_a_telephone(tmp_path):
     path = tmp_path / "pattern.png"
     draw_pattern(DilationPattern((16, 32, 64), (1, 2, 4)), path, tokens=64, num_heads=4)

@@ -117,6 +117,8 @@ def test_xpos_with_one_centre_serves_its_span_and_refuses_the_rest(dtype, period
 
 def test_the_refusal_says_what_to_do():
     module = positions(xpos_scale_base=512.0, max_position_embeddings=2048)
+    with pytest.raises(ValueError, match=r"served as long as .* and there are no global tokens"):
+        module.refuse_beyond(30_000, dtype=torch.float32)
     with pytest.raises(ValueError, match="max_position_embeddings of at least 30001"):
         module.refuse_beyond(30_000, dtype=torch.float32)
     positions(xpos_scale_base=512.0, max_position_embeddings=30_001).refuse_beyond(30_000, dtype=torch.float32)

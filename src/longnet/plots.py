@@ -199,9 +199,9 @@ def draw_pattern(
             hue = colormaps[_HUES[offset % len(_HUES)]].with_extremes(under="white")
             norm = PowerNorm(power, 1e-12, 1)
             ax.imshow(grids[head][column].shares, cmap=hue, norm=norm, interpolation="nearest", aspect="auto")
-            branch = f"w = {name_length(w)}\nr = {r}\n" if head == 0 else ""
-            title = f"global\ntokens: {rows}" if is_global else f"{branch}offset {offset}"
-            ax.set_title(title, fontsize=_LETTERS, pad=5)
+            # Two lines and more are for the top panels: below them is a line's room.
+            branch = f"global\ntokens\n{rows:,}" if is_global else f"w = {name_length(w)}\nr = {r}\noffset {offset}"
+            ax.set_title(branch if head == 0 else branch.splitlines()[-1], fontsize=_LETTERS, pad=5)
             if column == 0:
                 ax.set_ylabel(f"head {head}", fontsize=_LETTERS)
         ax = panel(head, columns - 1)

@@ -144,7 +144,8 @@ class RotaryPositions(nn.Module):
         raise ValueError(
             f"xPos with xpos_scale_base={self.xpos_scale_base} overflows {dtype} beyond position {reach}, got position "
             f"{highest}: use {advice}, or position_embedding='rope'. With attn_implementation='dilated' every position "
-            f"is served as long as the segments share a boundary at least every {span} tokens"
+            f"is served as long as the segments share a boundary at least every {span} tokens and there are no global "
+            "tokens"
         )
 
     def _centre(self, span: int) -> int:

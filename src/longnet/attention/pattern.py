@@ -67,7 +67,8 @@ class DilationPattern:
 
     Raises:
         ValueError: a length or rate below 1, an empty or unequal pair of lists, a branch given twice, an unknown
-            `head_offsets` or `queries`, a negative shift or number of tokens, a shard outside its heads.
+            `head_offsets` or `queries`, a negative shift or number of tokens, one of 2^63 or more, a shard outside its
+            heads.
         TypeError: a length, a rate, a shift or a number of tokens that is no int.
     """
 
@@ -108,8 +109,8 @@ class DilationPattern:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"{name} must be at least 0 and below 2^63, as PyTorch's integers are, got {value}")
         if self.head_shard is not None and not 0 <= self.head_shard[0] < self.head_shard[1]:
             raise ValueError(f"head_shard must be (first key/value head, of how many), got {self.head_shard!r}")
         # While compiling, a model reads its pattern from its configuration, and a warning would break the graph.

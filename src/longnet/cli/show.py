@@ -62,6 +62,9 @@ def show(
         branches.add_row(
             f"{length:,}", f"{rate:,}", f"{-(-length // rate):,}", f"{-(-tokens // length):,}", f"{share:.1%}"
         )
+    if dilation.global_tokens:
+        share = min(1, dilation.global_tokens / tokens)
+        branches.add_row("without end", "1", f"{dilation.global_tokens:,}", "1", f"{share:.1%}")
     console = Console()
     console.print(branches)
     console.print(f"cost   {flops:.3e} FLOPs forward, dense {dense:.3e}: {dense / flops:.2f}× less")

@@ -130,7 +130,7 @@ def stream(
         "cpu_seconds": sums.cpu_seconds,
         "peak_bytes": sums.peak_bytes,
         "peak_bytes_at_16m_tokens": sums.peak_bytes_early,
-        "state_rows": pattern.state_rows(tokens=max(pattern.segment_lengths)),
+        "state_rows": pattern.state_rows(tokens=max(*pattern.segment_lengths, pattern.global_tokens)),
         "by_position": sums.by_position(),
     }
     (output / "stream.json").write_text(json.dumps(about, indent=1) + "\n")

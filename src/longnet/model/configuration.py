@@ -76,8 +76,8 @@ class LongNetConfig(FieldsConfig):  # type: ignore[no-untyped-call]  # transform
         head_dim: D; hidden_size / num_attention_heads when None. Even, for xPos and RoPE.
         intermediate_size: width of the feed-forward layers; 4 · hidden_size when None.
         hidden_act: activation between fc1 and fc2, a name of transformers.
-        max_position_embeddings: tokens the model is meant for. Limits nothing by itself: where dense attention uses
-            xPos it places the centre of the scales (`longnet.positions`).
+        max_position_embeddings: tokens the model is meant for. Limits nothing by itself: where xPos has one
+            centre of its scales, with dense attention and with global tokens, it places that (`longnet.positions`).
         segment_lengths: w_i of the branches, in tokens (arXiv:2307.02486 eq. 3-12).
         dilation_rates: r_i of the branches.
         head_offsets: `"mod"` (the paper) or `"block"` (torchscale).
