@@ -83,6 +83,16 @@ def test_a_system_that_there_is_not_is_refused():
         CompareConfig(attentions=("sdpq",))
     with pytest.raises(ValueError, match="got '64:1,64:1': a branch is given twice"):
         RecallConfig(systems=("64:1,64:1",))
+    with pytest.raises(ValueError, match="got '64:1,128:4;shift=3': a model shifts offsets by layer"):
+        RecallConfig(systems=("64:1,128:4;shift=3",))
+
+
+def test_a_system_has_global_tokens_of_its_own(recipe_file, data_folder):
+    overrides = ["--model.global_tokens", "3", "--compare.lengths", "64", "--compare.attentions"]
+    recipe = load(recipe_file, *overrides, "16:1,64:4;global=1", "16:1,64:4", "dilated", "window")
+    data = TokenData.open(data_folder)
+    configs = [recipe.for_cell(cell, data).model_config(data) for cell in recipe.all_cells]
+    assert [config.global_tokens for config in configs] == [1, 0, 3, 0]
 
 
 def test_cells_can_be_chosen(recipe_file):

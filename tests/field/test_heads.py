@@ -2,7 +2,7 @@
 
 | source | instance | right value |
 |---|---|---|
-| tried here | from_pretrained(tp_plan="auto") on 2 and 4 ranks, rates 1, 2, 4 | logits and text of one process |
+| tried here | tp_plan="auto" on 2 and 4 ranks, rates 1, 2, 4, global tokens | logits and text of one process |
 | tried here | heads split by something else (Ulysses) | one line |
 | transformers: gpt-oss and seven others | attention sinks (s_aux) | an eager softmax with one more column |
 | inkling2 | sinks of each query, (B, H, T, 1) | likewise |
@@ -74,8 +74,12 @@ def test_heads_split_across_ranks_are_those_of_one_process(ranks, tmp_path):
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, num_attention_heads=4))
     for model in (llama, neox):
         sharpened(model)
-    for name, model, head_offsets in (("llama", llama, "mod"), ("llama-block", llama, "block"), ("neox", neox, "mod")):
-        use_dilated_attention(model, DilationPattern((4, 16, 32), (1, 2, 4), head_offsets))
+    for name, model, options in (
+        ("llama", llama, {}),
+        ("llama-block", llama, {"head_offsets": "block"}),
+        ("neox", neox, {"global_tokens": 2}),
+    ):
+        use_dilated_attention(model, DilationPattern((4, 16, 32), (1, 2, 4), **options))
         model.save_pretrained(tmp_path / name)
         ids = tokens_of(1, TOKENS)
         with torch.no_grad():

@@ -25,7 +25,7 @@ def check_systems(systems: Sequence[str], name: str) -> None:
         name: of the setting, for the error.
 
     Raises:
-        ValueError: one that is neither.
+        ValueError: one that is neither, or a pattern with a shift.
     """
     if not systems or len(set(systems)) != len(systems):
         raise ValueError(f"{name} must be different values, at least one, got {list(systems)}")
@@ -33,7 +33,9 @@ def check_systems(systems: Sequence[str], name: str) -> None:
         if system in SYSTEMS:
             continue
         try:
-            DilationPattern.parse(system)
+            pattern = DilationPattern.parse(system)
+            if pattern.offset_shift:
+                raise ValueError("a model shifts offsets by layer, not all alike: leave out shift")
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{name} must be {', '.join(map(repr, SYSTEMS))}, or patterns like '64:1,512:8;all', got {system!r}: "
