@@ -313,6 +313,22 @@ def test_positions_beyond_32_bits_are_refused_where_several_tokens_come():
         state.attend(tokens, tokens, tokens, scale=None)
 
 
+def test_global_tokens_that_never_existed_are_not_seen_however_far_the_stream_is():
+    """Of n = 4 the first is at position 2, and the token's own position takes more than 32 bits."""
+    k = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(0))
+    outs = []
+    for backend in ("sdpa", "triton"):
+        state = StreamState(
+            DilationPattern((4,), (1,), global_tokens=4), batch_size=1, num_kv_heads=2, head_dim=16,
+            dtype=torch.float32, device=k.device, start=2, backend=backend,
+        )  # fmt: skip
+        for token in range(2):
+            state.attend(*[k[:, :, token : token + 1]] * 3, scale=None)
+        state.next = [2**31 + 20]
+        outs.append(state.attend(*[k[:, :, 2:]] * 3, scale=None))
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-6, rtol=1e-5)
+
+
 def test_merging_in_one_launch():
     assert dispatch._disagreement(torch.device("cpu")) < 1e-6
 

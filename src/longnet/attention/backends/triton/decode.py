@@ -48,9 +48,10 @@ def decode(
         offset = tl.load(OFFSETS + branch * G + g)
         low, high = tl.load(EDGES + 2 * branch), tl.load(EDGES + 2 * branch + 1)
         has_end = most == 2147483647  # of its rows there is no bound; else its segment is the document, of any length
-        inside = tl.where(has_end, position % length, tl.minimum(position, 2147483647)).to(tl.int32)
+        in_segment = tl.where(has_end, position % length, position)
+        inside = tl.minimum(in_segment, 2147483647).to(tl.int32)
         is_kept = (inside % rate == offset) & (inside // rate < most)
-        unborn = tl.maximum(first - position + inside, 0).to(tl.int32)
+        unborn = tl.minimum(tl.maximum(first - position + in_segment, 0), 2147483647).to(tl.int32)
         absent = count_rows(unborn, offset, rate, most)
         past = tl.minimum(count_rows(inside, offset, rate, most), high - low)
         place = low + inside // rate
