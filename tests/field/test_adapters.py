@@ -37,7 +37,7 @@ from longnet.model import use_sparse_fixed_attention
 from longnet.model.patterns import fields_of
 from model.families import BRANCHES, ONE_BRANCH, build, dilated, tokens_of
 
-PATTERN = DilationPattern((4, 8, 32), (1, 2, 4), head_offsets="block", queries="all")
+PATTERN = DilationPattern((4, 8, 32), (1, 2, 4), head_offsets="block", queries="all", global_tokens=2)
 IDS = tokens_of(2, 37)
 
 
@@ -120,7 +120,7 @@ def test_it_is_kept_through_loading_saving_merging_and_without_a_task(base, tmp_
     written = json.loads((tmp_path / "third" / "adapter_config.json").read_text())["auto_mapping"]
     assert written["longnet"] == {
         "attn_implementation": "dilated", "segment_lengths": [4, 8, 32], "dilation_rates": [1, 2, 4],
-        "head_offsets": "block", "queries": "all", "rotate_offsets": True,
+        "head_offsets": "block", "queries": "all", "global_tokens": 2, "rotate_offsets": True,
     }  # fmt: skip
     again = AutoPeftModel.from_pretrained(tmp_path / "third").eval()
     torch.testing.assert_close(again(IDS).logits, expected)
