@@ -26,16 +26,18 @@ from longnet.plots import (
 @pytest.mark.parametrize("queries", ["kept", "all"])
 @pytest.mark.parametrize(("tokens", "cells"), [(50, 256), (203, 40), (90, 7)])
 def test_a_square_is_as_dark_as_the_share_of_its_pairs_that_is_attended_to(tokens, cells, queries, is_causal):
-    pattern = DilationPattern((16, 30, 70, 3), (1, 4, 7, 2), queries=queries, offset_shift=3)
+    pattern = DilationPattern((16, 30, 70, 3), (1, 4, 7, 2), queries=queries, offset_shift=3, global_tokens=13)
     size = -(-tokens // cells)
     count = -(-tokens // size)
-    for branch, (w, r) in enumerate(pattern.branches):
+    for branch, (w, r) in enumerate([*pattern.branches, (tokens, 1)]):
         pairs, area = np.zeros((count, count)), np.zeros((count, count))
         offset = (2 + 3) % r
         for q in range(tokens):
             for k in range(tokens):
                 area[q // size, k // size] += 1
                 is_kept = k % w % r == offset and (queries == "all" or q % w % r == offset)
+                if branch == 4:
+                    is_kept = k < 13
                 if q // w == k // w and is_kept and (k <= q or not is_causal):
                     pairs[q // size, k // size] += 1
         got = visibility(pattern, branch, tokens=tokens, head=2, num_heads=4, is_causal=is_causal, cells=cells)

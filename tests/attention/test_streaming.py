@@ -40,7 +40,7 @@ def test_the_state_is_bitwise_that_of_one_pass(text):
     _, whole = text.run(torch.float32, [(0, tokens)])
     assert split.next == whole.next
     heads = text.k.shape[1]
-    for branch, (length, rate) in enumerate(text.pattern.branches):
+    for branch, (length, rate, most, _) in enumerate(text.pattern.all_branches):
         for row, head in itertools.product(range(text.q.shape[0]), range(heads)):
             kept = split.kept(branch, row=row, head=head)
             for one, other in zip(kept, whole.kept(branch, row=row, head=head), strict=True):
@@ -49,7 +49,11 @@ def test_the_state_is_bitwise_that_of_one_pass(text):
             position = text.start + tokens - text.begins[row]
             seen = range(max(text.start, position // length * length), position)
             offset = text.pattern.offset(rate, head, heads)
-            columns = [p - text.start + text.begins[row] for p in seen if p % length % rate == offset]
+            columns = [
+                p - text.start + text.begins[row]
+                for p in seen
+                if (p % length % rate, p % length // rate < most) == (offset, True)
+            ]
             assert torch.equal(kept[0], text.k[row, head, columns].float())
             assert torch.equal(kept[1], text.v[row, head, columns].float())
 

@@ -29,7 +29,9 @@ def dense_weights(attention, x, rotations, *, is_causal, tail=None):
     return scores.softmax(-1)[..., : x.shape[1]]
 
 
-@pytest.mark.parametrize("options", [{}, {"queries": "all"}, {"rotate_offsets": True}, {"is_causal": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"queries": "all"}, {"rotate_offsets": True}, {"is_causal": False}, {"global_tokens": 3}]
+)
 def test_rows_are_the_oracles(options):
     config = longnet.LongNetConfig(**_LM, **options)
     model = longnet.LongNetModel(config).eval()
