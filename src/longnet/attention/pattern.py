@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,13 +11,11 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from longnet.attention.branches import UNBOUNDED, Branch, OffsetGrid, kept_rows
-from longnet.attention.reach import hops_nested, hops_searched
+from longnet.attention.reach import hops
 from longnet.attention.strips import draw_strips
 
 HeadOffsets = Literal["mod", "block"]
 Queries = Literal["kept", "all"]
-
-_SEARCHED_TOKENS = 2**15
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -437,23 +433,8 @@ class DilationPattern:
         Raises:
             ValueError: a pattern without that closed form, and tokens too many to search.
         """
-        if tokens <= 1:
-            return 0
-        if self.queries == "all" and set(self.dilation_rates) != {1}:  # all of a segment meet in a hop, as at rate 1
-            lengths = tuple(dict.fromkeys(self.segment_lengths))
-            return DilationPattern(lengths, (1,) * len(lengths)).hops(tokens=tokens)
-        longest = max(self.segment_lengths)
-        if tokens > longest and all(longest % length == 0 for length in self.segment_lengths):
-            return math.inf  # every branch has a boundary there
-        sizes = sorted({*self.segment_lengths, *self.dilation_rates})
-        if all(large % small == 0 for small, large in itertools.combinations(sizes, 2)):
-            return hops_nested(self.branches, tokens)
-        if tokens <= _SEARCHED_TOKENS:
-            return hops_searched(self.branches, tokens)
-        raise ValueError(
-            f"{self!r} has no closed form for hops, since its lengths and rates do not divide one another; "
-            f"searched up to {_SEARCHED_TOKENS} tokens, got {tokens}"
-        )
+        is_dense = self.queries == "all"  # then all of a segment meet in a hop, as at rate 1
+        return hops({(length, 1 if is_dense else rate) for length, rate in self.branches}, tokens)
 
 
 @functools.lru_cache(maxsize=256)

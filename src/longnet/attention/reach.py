@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection
 
-Branches = Sequence[tuple[int, int]]  # (segment length, dilation rate)
+Branches = Collection[tuple[int, int]]  # (segment length, dilation rate)
+_SEARCHED_TOKENS = 2**15
 
 
-def hops_nested(branches: Branches, tokens: int) -> int | float:
+def hops(branches: Branches, tokens: int) -> int | float:
+    """Return the hops over `tokens` tokens, inf where no number suffices; `DilationPattern.hops` says of what.
+
+    Raises:
+        ValueError: lengths and rates that do not divide one another, and tokens too many to search.
+    """
+    if tokens <= 1:
+        return 0
+    lengths = {length for length, _ in branches}
+    if tokens > max(lengths) and all(max(lengths) % length == 0 for length in lengths):
+        return math.inf  # every branch has a boundary there
+    sizes = sorted({size for branch in branches for size in branch})
+    if all(large % small == 0 for small, large in itertools.combinations(sizes, 2)):
+        return _hops_nested(branches, tokens)
+    if tokens <= _SEARCHED_TOKENS:
+        return _hops_searched(branches, tokens)
+    raise ValueError(
+        f"the branches {sorted(branches)} have no closed form for hops, since lengths and rates do not divide one "
+        f"another; searched up to {_SEARCHED_TOKENS} tokens, got {tokens}"
+    )
+
+
+def _hops_nested(branches: Branches, tokens: int) -> int | float:
     """Return the hops over `tokens` tokens where of any two lengths or rates one divides the other.
 
     Two tokens that meet first in branch i's segment: one hop brings the query's phase modulo r_i into the other token's
@@ -25,7 +49,7 @@ def hops_nested(branches: Branches, tokens: int) -> int | float:
     return hops
 
 
-def hops_searched(branches: Branches, tokens: int) -> int | float:
+def _hops_searched(branches: Branches, tokens: int) -> int | float:
     """Return the hops over `tokens` tokens of any branches, by breadth-first search.
 
     All tokens of a meeting (one branch, one segment, one phase) hear in one hop what any of them has reached:
