@@ -434,7 +434,10 @@ def test_no_space_left(corpus, monkeypatch, capsys):
         (["repo", "-o", "full", "--overwrite"], "full is not empty and holds no prepared data"),
         (["repo", "-o", "broken.jsonl"], "cannot be written: "),
         (["repo", "--train-bpe", "100"], "a vocabulary needs at least 257 tokens"),
-        (["repo", "--train-bpe", "300", "--tokenizer", "x.json"], "leave --tokenizer x.json away"),
+        (
+            ["repo", "--train-bpe", "300", "--tokenizer", "x.json"],
+            "--tokenizer is contradicted by --train-bpe, which makes a tokenizer: give one of them",
+        ),
         (["repo", "--tokenizer", "x.json"], "no tokenizer 'x.json': give bytes"),
         (["repo", "--validation", "1"], "--validation is a share, 0 or more and below 1, got 1.0"),
         (["repo", "--shard-tokens", "0"], "--shard-tokens must be at least 1"),
