@@ -144,7 +144,8 @@ class _Result:
 
     def add(self, part: Part) -> None:
         """Keep a part; many of them are put together first, into float32."""
-        if sum(held.out.nbytes for held in self._parts) >= _MOST_RESULTS * self.room.numel() * part.out.itemsize:
+        held = sum(held.out.nbytes for held in self._parts)
+        if held and held >= _MOST_RESULTS * self.room.numel() * part.out.itemsize:
             if not self._is_more:
                 self.room = empty_like(self.room)
             self._put_together(None)
@@ -159,8 +160,8 @@ class _Result:
         if not self._is_more and not (self.is_complete and self._parts):
             self.room.zero_()
             if self._lse is not None:
-                lse, sinks = self._lse, self._sinks
-                lse.fill_(-torch.inf) if sinks is None else lse.copy_(per_query(sinks, lse))
+                own = self._sinks
+                self._lse.fill_(-torch.inf) if own is None else self._lse.copy_(per_query(own, self._lse))
         if self._parts:
             launch.combine(
                 self._parts, self.room, self._lse, sinks, self._whole, skipped=self._skipped, is_more=self._is_more

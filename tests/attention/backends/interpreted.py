@@ -63,6 +63,19 @@ def test_parts_put_together_where_they_lie(case, dtype, most):
         check(case, dtype, "sdpa")
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_sinks_count_once_where_padding_is_and_memory_ends(monkeypatch, most):
+    together(monkeypatch, most)
+    q, k, v = torch.randn(3, 2, 2, 24, 16)
+    mask = torch.arange(24) >= torch.tensor([[0], [5]])
+    options = {"padding_mask": mask, "sinks": torch.randn(2), "is_causal": True, "return_lse": True}
+    pattern = DilationPattern((8, 16), (1, 2))
+    got = dilated_attention(q, k, v, pattern, backend="sdpa", **options)
+    want = dilated_attention(q, k, v, pattern, backend="reference", **options)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @settings(max_examples=4)
 @given(
     cut_sequences(max_tokens=30, ranks=(2, 3)),
