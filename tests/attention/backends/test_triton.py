@@ -16,11 +16,12 @@ from longnet.bench import kernels
 pytest.importorskip("triton", reason="needs Triton: pip install 'longnet-torch[triton]'")
 
 
-def test_interpreted():
-    """What interpreted.py tests, since the interpreter is chosen once a process."""
+@pytest.mark.parametrize("chosen", ["any_call", "parts", "not any_call and not parts"])
+def test_interpreted(chosen):
+    """What interpreted.py tests, since the interpreter is chosen once a process; some minutes each."""
     file = Path(__file__).with_name("interpreted.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen, file],
         check=False, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
