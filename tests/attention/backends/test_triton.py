@@ -44,7 +44,7 @@ SPILLED_BYTES = 256  # a program; measured ones are in benchmarks/results/triton
 SHARED_BYTES = 99 * 1024  # of sm_86, the least of all with tensor cores for bfloat16
 
 
-def compiled(row):
+def assert_within_bounds(row):
     assert row["spilled_bytes"] <= SPILLED_BYTES, row
     assert row["shared_bytes"] <= SHARED_BYTES, row
     assert row["narrow_loads"] == 0, row
@@ -69,7 +69,7 @@ def compiled(row):
 )
 def test_compiled_without_a_gpu(architecture, kernel, dtype, head_dim, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled(kernels.compile_one(architecture, kernel, dtype, head_dim))
+    assert_within_bounds(kernels.compile_one(architecture, kernel, dtype, head_dim))
 
 
 def test_the_table_of_compiled_kernels_is_whole_and_within_bounds():
@@ -82,7 +82,7 @@ def test_the_table_of_compiled_kernels_is_whole_and_within_bounds():
     }
     assert found == wanted
     for row in rows:
-        compiled(row)
+        assert_within_bounds(row)
         assert "dirty" not in row["commit"]
         assert not (row["kernel"].startswith("combine") and row["spilled_bytes"]), row
         blocks = kernels.blocks_of(row["kernel"], getattr(torch, row["dtype"]), row["head_dim"])
