@@ -10,10 +10,9 @@ from cases import DEVICES, Case, cases
 from longnet import DilationPattern, dilated_attention
 from tolerances import (
     FLOAT64,
-    FORWARD_FACTOR,
-    GRADIENT_FACTOR,
     SAME_FLOAT32,
     assert_as_good_as_plain,
+    factor_of,
     rounding_floor,
 )
 
@@ -39,9 +38,8 @@ def test_every_dtype_errs_no_more_than_plain_pytorch(case, dtype, device):
     logit, magnitudes = case.magnitudes()
     for name, got in case.run("sdpa", dtype, device).items():
         assert got.dtype == (torch.float32 if name == "lse" else dtype)
-        factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
         floor = rounding_floor(dtype, logit, magnitudes[name])
-        assert_as_good_as_plain(name, got, plain[name], exact[name], factor, floor)
+        assert_as_good_as_plain(name, got, plain[name], exact[name], factor_of(name, dtype, device), floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -62,7 +60,7 @@ def test_odd_lengths_at_model_width(tokens, is_causal, dtype, device):
         results[run] = [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, inputs, dout.to(place, run_dtype)))]
     for index, name in enumerate(("out", "dq", "dk", "dv")):
         got, plain, exact = (results[run][index] for run in ("got", "plain", "exact"))
-        assert_as_good_as_plain(name, got, plain, exact, GRADIENT_FACTOR if index else FORWARD_FACTOR)
+        assert_as_good_as_plain(name, got, plain, exact, factor_of(name, dtype, device))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -88,9 +86,8 @@ def test_logits_of_120(dtype, device):
     assert exact["lse"].min() < -100
     assert exact["lse"].max() > 100
     for name in got:
-        factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
         floor = rounding_floor(dtype, logit, magnitudes[name])
-        assert_as_good_as_plain(name, got[name], plain[name], exact[name], factor, floor)
+        assert_as_good_as_plain(name, got[name], plain[name], exact[name], factor_of(name, dtype, device), floor)
 
 
 def assert_same(a, b):

@@ -289,7 +289,7 @@ class StreamState:
         out_row, out_head, _, _ = out.stride()
         lse_row, lse_head, _ = lse.stride()
         row, head, place, _ = self.keys.stride()
-        merge = dispatch.merge_on(q.device)
+        merge = dispatch.merge_on(q.device, q.dtype)
         for branch, kept in enumerate(self.pattern.all_branches):
             inside, rate = position % kept.length, kept.rate
             phase, last = inside % rate, self._edges[branch] + inside // rate

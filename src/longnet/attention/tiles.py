@@ -14,6 +14,7 @@ from longnet.attention.backends.dispatch import Kernels
 from longnet.attention.plan import Tile
 from longnet.attention.views import Block, blocks
 
+_ALIGNMENT = 16  # bytes that kernels off the CPU load at once
 _CPU_CALL_BYTES = 4 * 2**20  # of output a thread: it stays in cache until it is merged, and memory stays small
 
 
@@ -35,7 +36,7 @@ def attend_tiles(
     Returns:
         out and lse, the ones given where no tile is its queries' first.
     """
-    merge = dispatch.merge_on(q.device)
+    merge = dispatch.merge_on(q.device, q.dtype)
     for tile in tiles:
         kernel = kernels.of(tile)
         for block in blocks(tile, (q, out, lse), (k, v), max_rows(q), groups_heads=kernel.groups_heads):
@@ -113,18 +114,28 @@ def rows_dense(x: Tensor) -> Tensor:
     Its last stride is 1 and its rows do not overlap: ATen's CPU kernel reads garbage, silently, where the last stride
     is another; where rows overlap (`unfold`), what is allocated in their layout is no layout. Off the CPU its rows
     begin at multiples of 16 bytes, which kernels there load at once; such a copy has the strides that `empty_like`
-    gives to x, so that results are laid out alike with and without it.
+    gives to x, so that results are laid out alike with and without it. Axes of one entry count too: a single row has
+    any stride, 1 where (B, H, D, T) was transposed, and kernels refuse by the stride before they look at the size.
     """
     overlaps = 0 < x.stride(2) < x.shape[3] and x.shape[2] > 1
     if x.stride(3) != 1 or overlaps:
         return x.clone(memory_format=torch.contiguous_format)
-    return x if x.device.type == "cpu" or isinstance(x, FakeTensor) or is_aligned(x) else x.clone()
+    if x.device.type == "cpu" or isinstance(x, FakeTensor):
+        return x
+    steps = _ALIGNMENT // x.itemsize
+    strides = [
+        -(-x.shape[3] // steps) * steps if size == 1 and stride % steps else stride
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ]
+    if (*strides, 1) != x.stride():
+        x = x.as_strided(x.shape, (*strides, 1))
+    return x if is_aligned(x) else x.clone()
 
 
 def is_aligned(x: Tensor) -> bool:
     """Say whether all rows of x (…, D) begin at multiples of 16 bytes."""
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(step * x.dtype.itemsize % 16 == 0 for step in steps)
+    return x.data_ptr() % _ALIGNMENT == 0 and all(step * x.dtype.itemsize % _ALIGNMENT == 0 for step in steps)
 
 
 def empty_like(x: Tensor) -> Tensor:

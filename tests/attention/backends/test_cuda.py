@@ -230,6 +230,19 @@ def test_rows_that_16_bytes_do_not_divide_are_copied(offset, step, aligned, monk
     assert torch.empty_like(dense).stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize(("shape", "strides"), [((2, 3, 1, 8), (24, 8, 1, 1)), ((1, 1, 5, 8), (1, 3, 8, 1))])
+def test_an_axis_of_one_entry_has_a_stride_that_kernels_take(shape, strides, monkeypatch):
+    """One row of (B, H, D, 1) transposed is 1 apart from a next one that there is not, and kernels refuse that."""
+    x = torch.randn(48).as_strided(shape, strides)
+    assert is_aligned(x), "nothing to copy for"
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    dense = rows_dense(x)
+    monkeypatch.undo()
+    assert dense.data_ptr() == x.data_ptr()
+    assert torch.equal(dense, x)
+    assert all(stride % 4 == 0 for stride in dense.stride()[:3])
+
+
 def test_what_a_user_gives_is_made_dense_before_a_kernel_reads_it(monkeypatch):
     """The gradient of the output too, which comes as autograd has it."""
     given = []
@@ -281,7 +294,7 @@ class Launches(TorchDispatchMode):
 def test_launches_of_the_papers_pattern_at_32k(monkeypatch):
     """Without masks nothing waits for the device either. Merging is one launch where Triton is at hand."""
     use(monkeypatch, cuda.CuDNN(), cuda.FlashCUDA())
-    monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
+    monkeypatch.setattr(dispatch, "merge_on", lambda *_: lambda out, *_: out.neg_())
     q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
     arguments = (*DilationPattern.paper().arguments, True, 0.1, "auto")
     forward, backward = registration.implement(dilated._lay_out)
@@ -403,7 +416,7 @@ def test_launches_of_packed_documents_put_together(queries, bars, put_together, 
 def test_launches_of_packed_documents(monkeypatch):
     """A tile is of one length: 32 documents of their own lengths are 20 times the launches; fused, they are one."""
     use(monkeypatch, cuda.FlashCUDA())
-    monkeypatch.setattr(dispatch, "merge_on", lambda _: lambda out, *_: out.neg_())
+    monkeypatch.setattr(dispatch, "merge_on", lambda *_: lambda out, *_: out.neg_())
     bounds = packed_documents()
     q, k, v = torch.empty(3, 1, 32768, 32, 64, dtype=torch.bfloat16, device="meta").transpose(2, 3)
     arguments = (*DilationPattern.paper().arguments, True, 0.1)

@@ -159,21 +159,22 @@ def test_what_nothing_can_run_is_refused_with_every_reason():
 
 def test_merging_in_one_launch_has_to_prove_itself(monkeypatch, caplog):
     monkeypatch.setattr(dispatch.launch, "is_installed", lambda: True)
-    assert dispatch.merge_on(torch.device("cpu")) is merge_
+    assert dispatch.merge_on(torch.device("cpu"), torch.float32) is merge_
     for error, taken in ((1e-7, dispatch.launch.merge_), (0.1, merge_)):
         monkeypatch.setattr(dispatch, "_disagreement", lambda _, error=error: error)
-        dispatch.merge_on.cache_clear()
-        assert dispatch.merge_on(CUDA) is taken
+        dispatch._float32_merge_on.cache_clear()
+        assert dispatch.merge_on(CUDA, torch.float32) is taken
+        assert dispatch.merge_on(CUDA, torch.float64) is merge_, "the launch sums in float32"
     assert "was off by 1.0e-01; plain PyTorch merges" in caplog.text
 
     def fail(_):
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(dispatch, "_disagreement", fail)
-    dispatch.merge_on.cache_clear()
-    assert dispatch.merge_on(CUDA) is merge_
+    dispatch._float32_merge_on.cache_clear()
+    assert dispatch.merge_on(CUDA, torch.float32) is merge_
     assert "could not run: Failed to find C compiler" in caplog.text
-    dispatch.merge_on.cache_clear()
+    dispatch._float32_merge_on.cache_clear()
 
 
 def _seconds(function):

@@ -159,12 +159,16 @@ def _choose(
     return Kernels(first, first)
 
 
-@functools.lru_cache(maxsize=64)
-def merge_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """Return what folds a tile into the output so far: one launch of Triton's on CUDA, or `merge_`.
+def merge_on(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Return what folds a tile into an output of a dtype: one launch of Triton's on CUDA, in float32, or `merge_`.
 
     The launch has to prove itself, once a process and device: it is compiled there, and compared with `merge_`.
     """
+    return merge_ if dtype == torch.float64 else _float32_merge_on(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _float32_merge_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
     doing, otherwise = "merging in one launch", "plain PyTorch merges"
     return launch.merge_ if proves_itself(device, _disagreement, doing=doing, otherwise=otherwise) else merge_
 
