@@ -479,10 +479,12 @@ def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw run time against tokens, dilated and dense, from rows of `longnet bench attention` (paper, Figure 5).
 
     Args:
-        rows: of one run; those of its case "compare" are drawn.
+        rows: of one run; those of its case "compare" are drawn that have the first one's heads, channels and backend.
         path: an .svg.
     """
-    rows = sorted((row for row in rows if row["case"] == "compare"), key=lambda row: int(row["tokens"]))
+    shape = ("heads", "head_dim", "backend")
+    rows = [row for row in rows if row["case"] == "compare"]
+    rows = sorted((r for r in rows if all(r.get(x) == rows[0].get(x) for x in shape)), key=lambda r: int(r["tokens"]))
     tokens = [row["tokens"] for row in rows]
     curves = []
     for style, (key, passes) in enumerate((("both", "both passes"), ("forward", "forward"))):

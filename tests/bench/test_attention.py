@@ -25,7 +25,7 @@ SMALL = attention.Settings(
 @pytest.mark.parametrize("queries", ["kept", "all"])
 def test_every_case_gives_a_row(queries):
     pattern = DilationPattern((64, 128), (1, 6), queries=queries)
-    rows = [attention.compare(300, pattern, SMALL, CPU), *attention.per_token(SMALL, CPU)]
+    rows = [*attention.compare(300, pattern, SMALL, CPU), *attention.per_token(SMALL, CPU)]
     of_pattern = {"kept": "compare", "all": "dense_queries"}[queries]
     assert [row["case"] for row in rows] == [of_pattern, "per_token", "per_token"]
     assert rows[0]["flop_ratio"] == pytest.approx(300 * 301 / 2 * 3 * 64 / rows_flops(rows[0]))

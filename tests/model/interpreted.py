@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import longnet
 from longnet import DilatedCache, DilatedSelfAttention, DilationPattern
 from longnet.attention.backends.triton import launch
+from longnet.attention.backends.triton.blocks import Blocks
 from longnet.evaluation.perplexity import EvaluateConfig
 from longnet.model import LongNetConfig, LongNetForCausalLM, LongNetModel
 from longnet.training.chunked import chunked_gradients
@@ -31,8 +32,8 @@ IDS = torch.randint(1, 20, (2, 24), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """Names of the kernels that were launched: which shows that the backend was there at all."""
-    for blocks in ("forward_blocks", "query_blocks", "key_blocks_of", "decode_blocks"):  # of the interpreter's pace
-        monkeypatch.setattr(launch, blocks, lambda *_, **__: launch.Blocks(16, 16, 4, 1))
+    for blocks in ("forward_blocks", "query_blocks", "key_blocks", "decode_blocks"):  # of the interpreter's pace
+        monkeypatch.setattr(launch, blocks, lambda *_, **__: Blocks(16, 16, 4, 1))
     names, launch_once = [], launch._launch
     monkeypatch.setattr(
         launch,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from longnet.attention.backends import dispatch
@@ -22,6 +23,7 @@ from longnet.attention.backends.sdpa import Kernel
 from longnet.attention.dilated import dilated_attention
 from longnet.attention.pattern import DilationPattern
 from longnet.measurement import interleaved, peak_bytes, ratio
+from longnet.measurement import seconds as duration
 
 Row = dict[str, Any]
 
@@ -42,6 +44,7 @@ class Settings:
         head_dim: channels of a head.
         repeats: counted rounds at the longest length; figures are medians. Shorter calls, which chance disturbs more,
             are compared in up to ten times as many.
+        backends: of the op, each compared.
     """
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
@@ -54,8 +57,42 @@ class Settings:
     token_heads: int = 2
     head_dim: int = 64
     repeats: int = 3
+    backends: tuple[dispatch.Backend, ...] = ("auto",)
 
 
+# 2,048 channels, but for the longest sequence: there dense attention takes seconds.
+GPU = (
+    Settings(
+        lengths=(8192, 32768, 131072),
+        dense_query_lengths=(32768, 131072),
+        token_lengths=(32768, 131072, 1048576),
+        memory_length=1048576,
+        num_heads=16,
+        head_dim=128,
+        backends=("auto", "sdpa", "triton"),
+    ),
+    Settings(
+        lengths=(8192, 32768, 131072),
+        dense_query_lengths=(),
+        token_lengths=(),
+        memory_length=0,
+        tile_rows=(),
+        num_heads=32,
+        head_dim=64,
+        backends=("auto", "sdpa", "triton"),
+    ),
+    Settings(
+        lengths=(1048576,),
+        dense_query_lengths=(),
+        token_lengths=(),
+        memory_length=0,
+        tile_rows=(),
+        num_heads=4,
+        head_dim=128,
+        repeats=1,
+        backends=("auto",),
+    ),
+)
 QUICK = Settings(
     lengths=(2048, 4096, 8192, 16384),
     dense_query_lengths=(8192,),
@@ -90,62 +127,93 @@ def run(settings: Settings, device: torch.device) -> Iterator[Row]:
         GateError: the op gave a wrong result.
     """
     for tokens in settings.lengths:
-        yield compare(tokens, DilationPattern.paper(), settings, device)
+        yield from compare(tokens, DilationPattern.paper(), settings, device)
     for tokens in settings.dense_query_lengths:
         for factor in settings.factors:
             geometric = DilationPattern.geometric(2048, tokens, factor)
-            yield compare(tokens, replace(geometric, queries="all"), settings, device)
-    yield from tiles(settings, device)
-    yield from accuracy(device)
-    yield from per_token(settings, device)
-    yield memory(settings, device)
+            yield from compare(tokens, replace(geometric, queries="all"), settings, device)
+    if settings.tile_rows:
+        yield from tiles(settings, device)
+        yield from accuracy(device)
+    if settings.token_lengths:
+        yield from per_token(settings, device)
+    if settings.memory_length:
+        yield memory(settings, device)
 
 
-def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: torch.device) -> Row:
-    """Time dense attention, the op, and the op's bare kernel calls on gathered rows, in one run (paper, Figure 5)."""
+def compare(tokens: int, pattern: DilationPattern, settings: Settings, device: torch.device) -> Iterator[Row]:
+    """Time dense attention, the op, and the op's bare kernel calls on gathered rows, in one run (paper, Figure 5).
+
+    Yields a row for each backend. Dense attention is that of the fastest kernel that PyTorch has on the device.
+    """
     q, k, v, dout = _tensors(tokens, settings, device)
     gathered = gather(q, k, v, dout, pattern)
-    gate(q, k, v, dout, pattern, gathered)
+    for backend in settings.backends:
+        gate(q, k, v, dout, pattern, gathered, backend)
     by_shape = _stack(gathered)
 
     def dense() -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def dilated() -> Tensor:
-        return dilated_attention(q, k, v, pattern, is_causal=True)
+    def dilated(backend: dispatch.Backend) -> Callable[[], Tensor]:
+        return lambda: dilated_attention(q, k, v, pattern, is_causal=True, backend=backend)
 
-    def backward(forward: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward(), (q, k, v), dout)
+    def forward(attention: Callable[[], Tensor]) -> Callable[[], object]:
+        return torch.no_grad()(attention)
 
-    def without_grad(forward: Callable[[], Tensor]) -> Callable[[], object]:
-        return torch.no_grad()(forward)
+    def both(attention: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention(), (q, k, v), dout)
 
     rounds = max(1, round(settings.repeats * min(10, max(settings.lengths) / tokens)))
-    names = ("dense", "dilated", "bare")
-    figures: dict[str, float] = {}
-    for key, cases in (
-        ("forward", [without_grad(dense), without_grad(dilated), lambda: _bare(by_shape, backward=False)]),
-        ("both", [backward(dense), backward(dilated), lambda: _bare(by_shape, backward=True)]),
-    ):
-        seconds = dict(zip(names, interleaved(cases, rounds, device), strict=True))
-        figures |= {f"{key}_{name}_s": statistics.median(seconds[name]) for name in names}
-        figures[f"{key}_speedup"] = ratio(seconds["dense"], seconds["dilated"])
-        figures[f"{key}_over_bare"] = ratio(seconds["dilated"], seconds["bare"])
+    names = ("dense", "bare", *settings.backends)
+    times: dict[str, dict[str, list[float]]] = {}
+    kernels: dict[str, str] = {}
+    for key, way in (("forward", forward), ("both", both)):
+        kernels[key], best = _fastest_dense(way(dense), device)
+        bare: Callable[[], object] = functools.partial(_bare, by_shape, backward=key == "both")
+        cases = [best, bare, *(way(dilated(backend)) for backend in settings.backends)]
+        times[key] = dict(zip(names, interleaved(cases, rounds, device), strict=True))
     flops = pattern.flops(tokens=tokens, num_heads=settings.num_heads, head_dim=settings.head_dim, is_causal=True)
     dense_flops = 4 * settings.head_dim * settings.num_heads * tokens * (tokens + 1) // 2
-    for key in ("forward", "both"):
-        figures[f"{key}_share_of_ideal"] = figures[f"{key}_speedup"] * flops / dense_flops
-    return {
-        "case": "compare" if pattern.queries == "kept" else "dense_queries",
-        "pattern": str(pattern),
-        "tokens": tokens,
-        "heads": settings.num_heads,
-        "head_dim": settings.head_dim,
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "rounds": rounds,
-        **figures,
-        "flop_ratio": dense_flops / flops,
-    }
+    for backend in settings.backends:
+        figures: dict[str, Any] = {}
+        for key, of in times.items():
+            figures |= {f"{key}_{name}_s": statistics.median(of[name]) for name in ("dense", "bare")}
+            figures[f"{key}_dilated_s"] = statistics.median(of[backend])
+            figures[f"{key}_speedup"] = ratio(of["dense"], of[backend])
+            figures[f"{key}_over_bare"] = ratio(of[backend], of["bare"])
+            figures[f"{key}_share_of_ideal"] = figures[f"{key}_speedup"] * flops / dense_flops
+            figures[f"{key}_dense_kernel"] = kernels[key]
+        yield {
+            "case": "compare" if pattern.queries == "kept" else "dense_queries",
+            "pattern": str(pattern),
+            "tokens": tokens,
+            "heads": settings.num_heads,
+            "head_dim": settings.head_dim,
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "backend": backend,
+            "rounds": rounds,
+            **figures,
+            "flop_ratio": dense_flops / flops,
+        }
+
+
+def _fastest_dense(dense: Callable[[], object], device: torch.device) -> tuple[str, Callable[[], object]]:
+    """Return the name of the kernel by which dense attention is fastest, by the better of two calls, and a call."""
+    if device.type != "cuda":
+        return "flash (CPU)", dense
+    found = []
+    for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        call = functools.partial(_with_kernel, kernel, dense)
+        duration(call, device)
+        found.append((min(duration(call, device) for _ in range(2)), kernel.name, call))
+    _, name, call = min(found, key=lambda each: each[0])
+    return name, call
+
+
+def _with_kernel(kernel: SDPBackend, call: Callable[[], object]) -> object:
+    with sdpa_kernel(kernel):
+        return call()
 
 
 def tiles(settings: Settings, device: torch.device) -> Iterator[Row]:
@@ -304,20 +372,31 @@ def gather(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPatte
     return parts
 
 
-def gate(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, pattern: DilationPattern, gathered: Sequence[Gathered]) -> None:
+def gate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    pattern: DilationPattern,
+    gathered: Sequence[Gathered],
+    backend: dispatch.Backend = "auto",
+) -> None:
     """Compare the op, forward and gradients, with one softmax over the gathered branches, per head, on these tensors.
 
     Raises:
         GateError: a relative error (Frobenius) above 1e-5 in float32, 2e-2 in half precision.
     """
-    out = dilated_attention(q, k, v, pattern, is_causal=True)
+    out = dilated_attention(q, k, v, pattern, is_causal=True, backend=backend)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     expected = _expected(q, gathered)
     tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
     for name, got, want in zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), expected, strict=True):
         error = ((got.float() - want).norm() / want.norm()).item()
         if not error <= tolerance:
-            raise GateError(f"{name} is off by {error:.1e} (relative) at {q.shape[2]} tokens with {pattern}; not timed")
+            raise GateError(
+                f"{name} is off by {error:.1e} (relative) at {q.shape[2]} tokens with {pattern}, backend {backend}; "
+                "not timed"
+            )
 
 
 def _expected(q: Tensor, gathered: Sequence[Gathered]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longnet.attention.backends.triton import launch
+from longnet.attention.backends.triton.blocks import block_length, forward_blocks
 from longnet.attention.branches import kept_rows
 from longnet.attention.pattern import DilationPattern
 from longnet.attention.plan import Tile, plan, runs_of
@@ -119,8 +119,8 @@ def kernel_launches(way: str, tiles: Iterable[Tile], tokens: int, num_heads: int
 
 def _waste(device: Device, path: str, tokens: int, pattern: DilationPattern, num_heads: int, head_dim: int) -> float:
     """Return the pairs that are computed over those that count: whole blocks on the diagonal, rows left empty."""
-    cut = launch.forward_blocks(torch.bfloat16, head_dim)
-    length = launch.block_length(max(pattern.dilation_rates), cut.rows, tokens * num_heads)
+    cut = forward_blocks(torch.bfloat16, head_dim, 0)
+    length = block_length(max(pattern.dilation_rates), cut.rows, tokens * num_heads)
     computed = useful = 0.0
     for segment, rate in pattern.branches:
         keys = kept_rows(min(segment, tokens), rate, 0)

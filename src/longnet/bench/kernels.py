@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longnet.attention.backends.triton import launch
+from longnet.attention.backends.triton import blocks
 
 Row = dict[str, Any]
 
@@ -38,16 +38,18 @@ def cases() -> Iterator[tuple[int, str, torch.dtype, int]]:
             yield architecture, kernel, dtype, head_dim
 
 
-def blocks_of(kernel: str, dtype: torch.dtype, head_dim: int) -> launch.Blocks:
+def blocks_of(architecture: int, kernel: str, dtype: torch.dtype, head_dim: int) -> blocks.Blocks:
     """Return how a kernel is cut where it is launched."""
     name, _, has_halo = kernel.partition(", ")
     if name == "combine":
-        return launch.combine_blocks(dtype, head_dim)
+        return blocks.combine_blocks(dtype, head_dim)
+    if name == "decode":
+        return blocks.decode_blocks(dtype, head_dim)
     if name == "attend":
-        return launch.forward_blocks(dtype, head_dim, has_halo=bool(has_halo))
+        return blocks.forward_blocks(dtype, head_dim, architecture, has_halo=bool(has_halo))
     if name == "backward_queries":
-        return launch.query_blocks(dtype, head_dim, has_halo=bool(has_halo))
-    return (launch.decode_blocks if name == "decode" else launch.key_blocks_of)(dtype, head_dim)
+        return blocks.query_blocks(dtype, head_dim, architecture, has_halo=bool(has_halo))
+    return blocks.key_blocks(dtype, head_dim, architecture)
 
 
 def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: int) -> Row:
@@ -71,10 +73,10 @@ def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: in
     name, _, has_halo = kernel.partition(", ")
     function = getattr({"attend": forward, "decode": decode, "combine": combine}.get(name, backward), name)
     sources = tables.EVERYWHERE if has_halo else tables.AT_HAND
-    blocks = blocks_of(kernel, dtype, head_dim)
+    cut = blocks_of(architecture, kernel, dtype, head_dim)
     constants = {
         "CAUSAL": True, "HAS_SINKS": False, "FROM": sources.start, "TO": sources.stop, "STEP": sources.step,
-        "ROWS": blocks.rows, "KEYS": blocks.keys, "D": head_dim, "DP": launch.padded(head_dim), "UPCAST": False,
+        "ROWS": cut.rows, "KEYS": cut.keys, "D": head_dim, "DP": blocks.padded(head_dim), "UPCAST": False,
         "SOFTMAX": "sum" not in kernel,
     }  # fmt: skip
     names = function.arg_names
@@ -92,7 +94,7 @@ def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: in
     made = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+        options={"num_warps": cut.warps, "num_stages": cut.stages},
     )
     seconds = time.monotonic() - start
     code = made.asm["ptx"]
@@ -104,7 +106,7 @@ def compile_one(architecture: int, kernel: str, dtype: torch.dtype, head_dim: in
         "architecture": _target(code),
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": head_dim,
-        **blocks._asdict(),
+        **cut._asdict(),
         "registers": _number(r"Used (\d+) registers", said),
         "spilled_bytes": _number(r"(\d+) bytes spill stores", said),
         "shared_bytes": made.metadata.shared,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,8 +35,8 @@ def bench_attention(
             their medians.
         model: "h100" or "a100": measure nothing, print what each path should cost there by FLOPs, bytes and
             launches.
-        output: Folder for attention.jsonl (rows are appended) and runtime.svg; benchmarks/results, and
-            runs/bench with --quick.
+        output: Folder for attention.jsonl (rows are appended) and runtime.svg, runtime-gpu.svg of a GPU;
+            benchmarks/results, and runs/bench with --quick.
     """
     from rich import box
     from rich.console import Console
@@ -54,22 +55,26 @@ def bench_attention(
         _print_model(model)
         return
     place = take_device(device, option="--device")
-    settings = attention.QUICK if quick else attention.Settings()
+    groups: tuple[attention.Settings, ...] = (attention.Settings(),)
+    if quick or place.type == "cuda":
+        groups = (attention.QUICK,) if quick else attention.GPU
     if repeats is not None:
         at_least_one(repeats=repeats)
-        settings = dataclasses.replace(settings, repeats=repeats)
+        groups = tuple(dataclasses.replace(settings, repeats=repeats) for settings in groups)
     output = _folder(output, quick=quick)  # a wrong folder shows before the measurements, not after
     console = Console()
     rows = []
     try:
-        for row in attention.run(settings, place):
+        for row in itertools.chain.from_iterable(attention.run(settings, place) for settings in groups):
             rows.append(row)
+            record.append([row], output / "attention.jsonl", place)  # as it comes: what follows may be cut off
             figures = ", ".join(f"{name} {value:.3g}" for name, value in row.items() if isinstance(value, float))
             console.print(f"{row['case']} {row['tokens']:,} tokens: {figures}", highlight=False)
     except attention.GateError as error:
         sys.exit(f"longnet: {error}")
     table = Table(
-        "pattern", "tokens", "dense", "dilated", "faster", "/ bare", "dense f+b", "dilated f+b", "faster", "/ bare",
+        "pattern", "tokens", "D", "backend",
+        "dense", "dilated", "faster", "/ bare", "dense f+b", "dilated f+b", "faster", "/ bare",
         title="causal; milliseconds (f+b: forward and backward)", box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for row in rows:
@@ -78,11 +83,11 @@ def bench_attention(
             for key in ("forward", "both"):
                 cells += [f"{1e3 * row[f'{key}_dense_s']:.1f}", f"{1e3 * row[f'{key}_dilated_s']:.1f}"]
                 cells += [f"{row[f'{key}_speedup']:.2f}×", f"{row[f'{key}_over_bare']:.2f}×"]
-            table.add_row(row["pattern"], f"{row['tokens']:,}", *cells)
+            table.add_row(row["pattern"], f"{row['tokens']:,}", str(row["head_dim"]), row["backend"], *cells)
     console.print(table)
-    record.append(rows, output / "attention.jsonl", place)
-    draw_runtime(rows, output / "runtime.svg")
-    console.print(f"rows in {output / 'attention.jsonl'}, picture in {output / 'runtime.svg'}")
+    picture = output / ("runtime.svg" if place.type == "cpu" else "runtime-gpu.svg")
+    draw_runtime(rows, picture)
+    console.print(f"rows in {output / 'attention.jsonl'}, picture in {picture}")
 
 
 def _print_model(name: str) -> None:

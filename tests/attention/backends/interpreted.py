@@ -14,6 +14,7 @@ from longnet import DilationPattern, dilated_attention
 from longnet.attention import combined, reference
 from longnet.attention.backends import dispatch
 from longnet.attention.backends.triton import launch
+from longnet.attention.backends.triton.blocks import Blocks
 from longnet.attention.chunks import Tape
 from longnet.attention.streaming import StreamState
 from stretches import cut_sequences, learn, sequences, simulate, texts
@@ -160,9 +161,9 @@ def test_parts_of_documents_in_one_launch_each(layout, queries, monkeypatch):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_segments_of_many_blocks(is_causal, queries, monkeypatch):
     """Several blocks of rows and of keys a segment, whole and ragged ones, and several programs' blocks a segment."""
-    monkeypatch.setattr(launch, "forward_blocks", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
-    monkeypatch.setattr(launch, "query_blocks", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
-    monkeypatch.setattr(launch, "key_blocks_of", lambda *_, **__: launch.Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "forward_blocks", lambda *_, **__: Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "query_blocks", lambda *_, **__: Blocks(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "key_blocks", lambda *_, **__: Blocks(16, 16, 4, 1))
     pattern = DilationPattern((40, 70), (1, 3), queries=queries)
     q, k, v = (torch.randn(1, heads, 90, 16, dtype=torch.float64) for heads in (2, 1, 1))
     check(Case(q, k, v, pattern, is_causal), torch.float32)

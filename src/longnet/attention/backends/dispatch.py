@@ -174,7 +174,12 @@ def _float32_merge_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor,
 
 
 def proves_itself(
-    device: torch.device, disagreement: Callable[[torch.device], float], *, doing: str, otherwise: str
+    device: torch.device,
+    disagreement: Callable[[torch.device], float],
+    *,
+    doing: str,
+    otherwise: str,
+    tolerance: float = 1e-5,
 ) -> bool:
     """Say whether a launch of Triton's runs on a device, and agrees there with what it stands for; warn where not.
 
@@ -183,6 +188,7 @@ def proves_itself(
         disagreement: compiles and runs it there, and returns by how much numbers of order 1 differ.
         doing: what the launch does, for the warning.
         otherwise: what is done in its place.
+        tolerance: of the disagreement.
     """
     if device.type != "cuda" or not launch.is_installed():
         return False
@@ -191,7 +197,7 @@ def proves_itself(
     except (RuntimeError, OSError, subprocess.CalledProcessError) as raised:  # no compiler, or one that fails
         reason = f"could not run: {raised}"
     else:
-        if error <= 1e-5:
+        if error <= tolerance:
             return True
         reason = f"was off by {error:.1e}"
     _log.warning("%s %s; %s on %s", doing, reason, otherwise, device)

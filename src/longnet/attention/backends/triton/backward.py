@@ -50,7 +50,7 @@ def differentiate_queries(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "covering", "H", "G", "TQ", "skipped", "block"])
 def backward_queries(
     DOUT, Q, K, V, HK, HV, OUT, LSE, DELTA, DQ, ACC, BRANCHES, OFFSETS, PLACES, WORK,
     N, covering, H, G, TQ, skipped, block, scale, scale_log2,
@@ -176,7 +176,7 @@ def differentiate_keys(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "G", "T", "TQ", "skipped", "block", "of_dv"])
 def backward_keys(
     DOUT, Q, K, V, LSE, DELTA, DK, DV, ACC, BRANCHES, OFFSETS, WORK,
     N, H, G, T, TQ, skipped, block, of_dv, scale, scale_log2,
@@ -252,7 +252,7 @@ def backward_keys(
     convert_rows(dv_acc, dv_base, dv_t, p_low, p_high, KEYS, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "G", "TQ"])
 def backward_halo(
     DOUT, Q, HK, HV, LSE, DELTA, DHK, DHV, BRANCHES, OFFSETS, PLACES, WORK,
     H, G, TQ, scale, scale_log2,

@@ -11,7 +11,7 @@ import triton.language as tl
 from longnet.attention.backends.triton.forward import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_layers", "H", "is_more"])
 def combine(
     OUT, LSE, SINKS, LIKE, ENTRIES, LAYERS, BASES, WORK, n_layers, H, is_more,
     o_b, o_h, o_t, l_b, l_h, l_t, s_b, s_h, s_t,

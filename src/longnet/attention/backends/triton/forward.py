@@ -112,7 +112,8 @@ def finish(
     tl.store(lse_base + at, lse * 0.6931471805599453, mask=live)
 
 
-@triton.jit
+# A kernel is compiled anew where an integer is 1, or a multiple of 16, and was none; it has no use for that of a count.
+@triton.jit(do_not_specialize=["N", "covering", "H", "G", "TQ", "skipped", "block", "is_more"])
 def attend(
     Q, K, V, HK, HV, SINKS, OUT, ACC, LSE, BRANCHES, OFFSETS, PLACES, WORK,
     N, covering, H, G, TQ, skipped, block, is_more, scale_log2,

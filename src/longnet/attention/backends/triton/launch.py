@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,6 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longnet.attention.backends.triton.blocks import (
+    MIN_PROGRAMS,
+    architecture_of,
+    block_length,
+    combine_blocks,
+    decode_blocks,
+    forward_blocks,
+    key_blocks,
+    padded,
+    query_blocks,
+)
 from longnet.attention.backends.triton.parts import ROW_BYTES, Part, entries_of, placed, table_of
 from longnet.attention.backends.triton.tables import (
     AT_HAND,
@@ -31,16 +41,6 @@ Pair = tuple[Tensor, Tensor]  # of keys and values
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = 1.4426950408889634
 _ROWS_A_SPLIT = 256  # of a state, for a program to be worth its start
-_MIN_PROGRAMS = 1024  # some for each of the 132 multiprocessors of an H100
-
-
-class Blocks(NamedTuple):
-    """How a kernel is cut: rows of queries and of keys at a time, warps of a program, stages of its pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -109,7 +109,7 @@ def attend(
         if not whole.is_complete:
             out.zero_()
             lse.copy_(_per_query(sinks, q)) if sinks is not None else lse.fill_(-torch.inf)
-    blocks = forward_blocks(q.dtype, head_dim, has_halo=sources != AT_HAND)
+    blocks = forward_blocks(q.dtype, head_dim, architecture_of(q.device), has_halo=sources != AT_HAND)
     tables = tables_of(whole.pattern, k.shape[1], q.device)
     length = block_length(tables.most, blocks.rows, tokens * batch_size * num_heads)
     work = work_of(spans_of(whole, sources, k.shape[2] - tokens), length, q.device)
@@ -182,7 +182,7 @@ def differentiate_queries(
     num_heads, tokens, head_dim = q.shape[1:]
     k, v = kv
     num_kv_heads, skipped = k.shape[1], k.shape[2] - tokens
-    blocks = query_blocks(q.dtype, head_dim, has_halo=sources != AT_HAND)
+    blocks = query_blocks(q.dtype, head_dim, architecture_of(q.device), has_halo=sources != AT_HAND)
     tables = tables_of(whole.pattern, num_kv_heads, q.device)
     length = block_length(tables.most, blocks.rows, lse.numel())
     work = work_of(spans_of(whole, sources, skipped), length, q.device)
@@ -212,10 +212,10 @@ def differentiate_keys(
     num_heads, tokens, head_dim = q.shape[1:]
     (k, v), (dk, dv) = kv, grads
     num_kv_heads, all_tokens = k.shape[1:3]
-    blocks = key_blocks_of(q.dtype, head_dim)
+    blocks = key_blocks(q.dtype, head_dim, architecture_of(q.device))
     tables = tables_of(whole.pattern, num_kv_heads, q.device)
     length = block_length(tables.most, blocks.keys, k.shape[0] * num_kv_heads * all_tokens)
-    work = work_of(spans_of(whole, AT_HAND, 0), length, q.device)
+    work = work_of(spans_of(whole, AT_HAND, 0), length, q.device, late_first=not whole.is_causal)
     if not work.shape[0]:
         return
     sums = torch.empty(2, *k.shape, dtype=torch.float32, device=q.device)
@@ -236,7 +236,7 @@ def differentiate_halo(
     from longnet.attention.backends.triton import backward
 
     head_dim, num_kv_heads = q.shape[3], halo[0].shape[1]
-    blocks = key_blocks_of(q.dtype, head_dim)
+    blocks = key_blocks(q.dtype, head_dim, architecture_of(q.device))
     tables = tables_of(whole.pattern, num_kv_heads, q.device)
     work = halo_work_of(whole, blocks.keys, q.device)
     if not work.shape[0]:
@@ -271,7 +271,7 @@ def step_of(q: Tensor, keys: Tensor) -> Step:
     batch_size, num_heads, _, head_dim = q.shape
     num_kv_heads, rows = keys.shape[1:3]
     programs = batch_size * num_kv_heads
-    splits = max(1, min(_MIN_PROGRAMS // programs, -(-rows // _ROWS_A_SPLIT)))
+    splits = max(1, min(MIN_PROGRAMS // programs, -(-rows // _ROWS_A_SPLIT)))
     part = torch.empty(batch_size, num_kv_heads, splits, num_heads // num_kv_heads, head_dim, device=q.device)
     positions = torch.zeros(2, batch_size, dtype=torch.int64, device=q.device)
     counts = torch.zeros(programs + batch_size, dtype=torch.int32, device=q.device)
@@ -396,65 +396,10 @@ def combine(
     )  # fmt: skip
 
 
-def combine_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
-    """Return how `combine` is cut: 16 numbers of a result a thread, 8 in float32 or of short rows, or it spills."""
-    numbers = 1024 if dtype == torch.float32 else 2048
-    return Blocks(max(4, min(64, numbers // padded(head_dim))), 0, 4, 1)
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Launch on the device of the first tensor, which Triton would not ask for."""
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         kernel[grid](x, *arguments, **constants)
-
-
-def padded(head_dim: int) -> int:
-    """Return the power of two that head_dim channels are computed as."""
-    return int(2 ** math.ceil(math.log2(head_dim)))
-
-
-def forward_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False) -> Blocks:
-    """Return how the forward kernel is cut; benchmarks/results/triton_kernels.jsonl says what that compiles to."""
-    if dtype == torch.float32:
-        return Blocks(32, 32, 4, 2)
-    if head_dim <= 64:
-        return Blocks(64, 64, 4, 3)
-    if head_dim <= 128:
-        return Blocks(64 if has_halo else 128, 64, 8, 2)
-    return Blocks(64, 32, 8, 1)
-
-
-def query_blocks(dtype: torch.dtype, head_dim: int, *, has_halo: bool = False) -> Blocks:
-    """Return how the kernel of dq is cut."""
-    if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1)
-    if head_dim <= 64:
-        return Blocks(64, 32 if has_halo else 64, 4, 2)
-    return Blocks(64, 32, 8, 2) if head_dim <= 128 else Blocks(32, 32, 8, 1)
-
-
-def key_blocks_of(dtype: torch.dtype, head_dim: int) -> Blocks:
-    """Return how the kernel of dk and dv is cut."""
-    if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if head_dim <= 64 else Blocks(32, 32, 8, 1)
-    if head_dim <= 32:
-        return Blocks(32, 64, 4, 2)
-    if head_dim <= 64:
-        return Blocks(32, 64, 8, 2)
-    return Blocks(32, 64, 8, 1) if head_dim <= 128 else Blocks(32, 32, 8, 1)
-
-
-def decode_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
-    """Return how the kernel of one token is cut; rows are the query heads of a key/value head, more where need be."""
-    return Blocks(16, 32 if dtype == torch.float32 or head_dim > 128 else 64, 4, 2)
-
-
-def block_length(most: int, rows: int, all_rows: int) -> int:
-    """Return how many positions a program owns: enough to fill a block of rows of the widest branch, if there are."""
-    length = max(4 * rows, 64)
-    while length < rows * most and all_rows // (2 * length) >= _MIN_PROGRAMS:
-        length *= 2
-    return length
 
 
 def _strides(*tensors: Tensor) -> Iterator[int]:

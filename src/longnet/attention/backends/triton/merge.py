@@ -6,7 +6,7 @@ import triton.language as tl
 from longnet.attention.backends.triton.forward import load_rows, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def merge(
     OUT, LSE, PART, PART_LSE, count,
     o_b, o_h, o_t, l_b, l_h, l_t, p_b, p_h, p_t, m_b, m_h, m_t,

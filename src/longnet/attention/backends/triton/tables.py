@@ -114,15 +114,19 @@ def _cuts(whole: Whole) -> Iterator[tuple[Run, int, int, int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def work_of(spans: tuple[Span, ...], length: int, device: torch.device) -> Tensor:
-    """Return (blocks, 6) int32, `forward.attend`'s WORK; late blocks first."""
+def work_of(spans: tuple[Span, ...], length: int, device: torch.device, *, late_first: bool = True) -> Tensor:
+    """Return (blocks, 6) int32, `forward.attend`'s WORK; late blocks first, or last.
+
+    With causality late queries see most keys, and early keys are seen by most queries: the longest programs had better
+    begin first.
+    """
     blocks = [
         (row, run.start, run.stop, first, run.first, run.beyond)
         for run, low, high in spans
         for row in range(run.row, run.row + run.rows)
         for first in range(low // length * length, high, length)
     ]
-    blocks.sort(key=lambda block: -block[3])  # with causality they are the longest
+    blocks.sort(key=lambda block: -block[3] if late_first else block[3])
     return _travel(blocks, 6, device)
 
 
