@@ -1,6 +1,7 @@
 """`longnet encode` and `longnet convert`, from feature files to embeddings."""
 
 import errno
+import json
 import sys
 
 import h5py
@@ -125,6 +126,9 @@ def test_a_result_counts_for_the_file_and_the_settings_it_was_made_of(folder, tm
     assert call("encode", folder / "model", slides / "a.h5", "-o", tmp_path / "again") == 0
     assert (tmp_path / "again" / "a.safetensors").read_bytes() == (out / "a.safetensors").read_bytes()
     (slides / "a.h5").write_bytes((folder / "h5" / "c.h5").read_bytes())  # extracted anew
+    settings = json.loads((out / "encode.json").read_text())
+    assert settings.pop("global_tokens") == 0
+    (out / "encode.json").write_text(json.dumps(settings))  # as versions wrote it that knew no global tokens
     (out / "b.safetensors").write_bytes(b"torn")
     (out / ".b.safetensors.partial").write_bytes(b"of a kill")
     assert call(*command) == 0

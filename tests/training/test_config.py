@@ -1,11 +1,13 @@
 """Recipes: resolved, written, compared."""
 
 import dataclasses
+import json
 import tomllib
 
 import pytest
 
 from longnet import LongNetConfig
+from longnet.comparison.folder import check_plan
 from longnet.data.shards import TokenData
 from longnet.training.config import ModelConfig, differences, to_toml
 
@@ -61,6 +63,21 @@ def test_differences_are_those_that_change_what_is_learned(make_recipe, data):
     assert differences(tables(), tables(train={"steps": 13})) == ["train.steps"]
     constant = {"schedule": "constant"}
     assert differences(tables(optim=constant), tables(optim=constant, train={"steps": 13})) == []
+
+
+def test_a_setting_that_there_was_not_yet_had_its_default(make_recipe, data, tmp_path):
+    """A run, and a comparison, that an earlier version began go on in one that knows more settings."""
+    tables = make_recipe().resolve(TokenData.open(data))
+    added = {"model": ("global_tokens", "queries"), "train": ("chunk_tokens",), "optim": ("betas",)}
+    old = {name: {k: v for k, v in table.items() if k not in added.get(name, ())} for name, table in tables.items()}
+    assert differences(old, tables) == []
+    tables["model"]["global_tokens"] = 1
+    assert differences(old, tables) == ["model.global_tokens"]
+    (tmp_path / "plan.json").write_text(json.dumps({"recipe": old}))
+    with pytest.raises(ValueError, match=r"another recipe: model.global_tokens \(0 → 1\); set"):
+        check_plan(tmp_path / "plan.json", tables)
+    tables["model"]["global_tokens"] = 0
+    check_plan(tmp_path / "plan.json", tables)
 
 
 def test_a_vocabulary_that_is_too_small_says_what_to_do(make_recipe, data):

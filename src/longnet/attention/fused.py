@@ -38,7 +38,7 @@ class Pace(NamedTuple):
     start_seconds: float
 
 
-_MEASURED = {90: (Pace(2.0e14, 3.8e14, 2.5e-4, 3e-4), Pace(6.0e13, 1.2e14, 2.5e-4, 3e-4))}  # forward, backward
+_MEASURED = {90: (Pace(2.0e14, 3.8e14, 2.5e-4, 3e-4), Pace(5.0e13, 1.2e14, 5e-4, 8e-4))}  # forward, backward
 
 
 def is_fused(backend: str, q: Tensor, tiles: Callable[[], Iterable[Tile]], *, backward: bool) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from longnet.comparison.document import write_text
 from longnet.comparison.process import Stop
-from longnet.training.config import Tables, to_toml
+from longnet.training.config import Tables, to_toml, with_defaults
 
 RESULT, FAILURE = "result.json", "failure.json"
 STOPPED = 3  # exit status of a cell that was told to stop and has left what the next process goes on from
@@ -76,7 +76,7 @@ def check_plan(path: Path, tables: Tables, *, free: Collection[str] = (), data: 
         plan = json.loads(path.read_text())
         if plan.get("data") != data:
             raise ValueError(f"{path.parent} holds a comparison on other data: choose another folder")
-        old, changed = plan["recipe"], []
+        old, changed = with_defaults(plan["recipe"], tables), []
         for table in sorted((old.keys() | tables.keys()) - set(free)):
             before, now = old.get(table, {}), tables.get(table, {})
             changed += [

@@ -19,7 +19,7 @@ from torch import Tensor
 from longnet.data.slides import SlideFeatures, count_tiles, import_h5py, open_names, read_slide
 from longnet.data.writer import write_whole
 from longnet.model.attention_maps import watch_received
-from longnet.model.slides import LongNetSlideModel, SlideOutput, collate_slides
+from longnet.model.slides import LongNetSlideConfig, LongNetSlideModel, SlideOutput, collate_slides
 from longnet.plots import draw_heat_map
 
 Format = Literal["safetensors", "h5"]
@@ -87,7 +87,7 @@ def begin(folder: Path, paths: Sequence[Path], wanted: Wanted, about: dict[str, 
     settings = json.loads(json.dumps({**about, **dataclasses.asdict(wanted)}))
     noted = folder / _SETTINGS
     if noted.exists():
-        held = json.loads(noted.read_text())
+        held = {name: getattr(LongNetSlideConfig(), name, None) for name in _DECIDING} | json.loads(noted.read_text())
         other = sorted(name for name in settings.keys() | held.keys() if settings.get(name) != held.get(name))
         if other:
             raise ValueError(

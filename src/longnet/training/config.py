@@ -291,6 +291,31 @@ def config_of(model: ModelConfig, **defaults: Any) -> LongNetConfig:
     return config
 
 
+def with_defaults(tables: Tables, like: Tables) -> Tables:
+    """Return the tables of a recipe that an earlier version has written, with the settings that there are since then.
+
+    Whatever such a setting makes possible was not done before: its default is what held.
+
+    Args:
+        tables: as written.
+        like: the same of this version, for which settings to look.
+    """
+    known: dict[str, Any] = {
+        each.name: each.default_factory()
+        for each in dataclasses.fields(Recipe)
+        if each.default_factory is not dataclasses.MISSING
+    }
+    known["model"] = LongNetConfig()
+
+    def default(table: str, key: str) -> Any:
+        value = getattr(known.get(table), key, None)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        name: {**{key: default(name, key) for key in like.get(name, {})}, **table} for name, table in tables.items()
+    }
+
+
 def differences(old: Tables, new: Tables) -> list[str]:
     """Return the dotted keys of a resolved recipe that may not change when a run is resumed, and did.
 
@@ -298,6 +323,7 @@ def differences(old: Tables, new: Tables) -> list[str]:
     short), that may change.
     """
     changed = []
+    old = with_defaults(old, new)
     for table in sorted((old.keys() | new.keys()) - _FREE_TABLES):
         before, after = old.get(table, {}), new.get(table, {})
         changed += [
