@@ -1,6 +1,6 @@
 """Which calls are computed as one: those that ask for it, and of `backend="auto"` those that it is faster for.
 
-Where that is has been measured on an H100, in 16 bits (benchmarks/results/attention.jsonl), and holds there. cuDNN
+Where that is has been measured on an H100, in 16 bits (benchmarks/results/h100.jsonl), and holds there. cuDNN
 computes a tile about twice as fast as the fused kernels do; each of its calls costs the host what many FLOPs cost the
 GPU. So short sequences and many documents are computed as one, and long sequences tile by tile.
 """

@@ -10,18 +10,18 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from longnet.attention.plan import Axis, Tile
 
-Strides = tuple[int, ...]  # of batch rows, heads, positions
+Strides = tuple[int, ...]  # of batch rows, heads, positions, and what there is beside
 Place = tuple[int, int, int]  # batch row, head, position
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Block:
     """One kernel call: a tile's repetitions folded into (batch, heads)."""
 
     tile: Tile
@@ -29,19 +29,15 @@ class Block(NamedTuple):
     heads: Axis
     q_first: bool
     kv_first: bool
+    _places: dict[tuple[bool, Strides], tuple[Strides, Strides, int]] = field(default_factory=dict, repr=False)
 
     def q(self, x_BHT: Tensor) -> Tensor:
         """View the rows of the queries, or of anything laid out like them: (batch, heads, rows, …)."""
-        tile = self.tile
-        steps = [(axis.row, axis.q_head, axis.q_position) for axis in (self.batch, self.heads)]
-        return self._view(x_BHT, steps, (tile.row, tile.q_head, tile.q_start), tile.q_rows, tile.q_rate)
+        return self._view(x_BHT, is_kv=False)
 
     def kv(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, or of anything laid out like them; an axis that shares them has stride 0."""
-        tile = self.tile
-        steps = [(axis.row, axis.kv_head, axis.kv_position) for axis in (self.batch, self.heads)]
-        start = tile.row, tile.kv_head, tile.k_start
-        return self._view(x_BGT, steps, start, tile.k_rows, tile.k_rate, sharing=self.heads.sharing)
+        return self._view(x_BGT, is_kv=True)
 
     def kv_once(self, x_BGT: Tensor) -> Tensor:
         """View the rows of the keys, each once: size 1 on an axis that shares them. For what is added up there."""
@@ -56,20 +52,29 @@ class Block(NamedTuple):
         axes = enumerate((self.batch, self.heads))
         return tuple(dim for dim, axis in axes if axis.size > 1 and axis.sharing == 1 and _shares_keys(axis))
 
-    def _view(
-        self, x: Tensor, steps: Sequence[Place], start: Place, rows: int, rate: int, *, sharing: int = 1
-    ) -> Tensor:
-        outer, (position_stride, *rest) = x.stride()[:3], x.stride()[2:]
-        sizes = self.batch.size, self.heads.size // sharing
+    def _view(self, x: Tensor, *, is_kv: bool) -> Tensor:
+        # The same tensors come at every call, and where their rows lie takes longer to find than to look up.
+        place = self._places.get((is_kv, x.stride()))
+        if place is None:
+            place = self._places[is_kv, x.stride()] = self._place(x.stride(), is_kv=is_kv)
+        sizes, strides, start = place
+        return x.as_strided((*sizes, *x.shape[3:]), strides, x.storage_offset() + start)
+
+    def _place(self, x_strides: Strides, *, is_kv: bool) -> tuple[Strides, Strides, int]:
+        """Return sizes of the three axes, strides of all, and where the rows begin."""
+        tile, axes, outer = self.tile, (self.batch, self.heads), x_strides[:3]
+        if is_kv:
+            steps = [(axis.row, axis.kv_head, axis.kv_position) for axis in axes]
+            start, rows, rate = (tile.row, tile.kv_head, tile.k_start), tile.k_rows, tile.k_rate
+        else:
+            steps = [(axis.row, axis.q_head, axis.q_position) for axis in axes]
+            start, rows, rate = (tile.row, tile.q_head, tile.q_start), tile.q_rows, tile.q_rate
+        sizes = self.batch.size, self.heads.size // (self.heads.sharing if is_kv else 1)
         # An axis of one entry has a stride of x, since kernels look at strides before sizes.
         strides = [
             _dot(step, outer) if size > 1 else own for step, size, own in zip(steps, sizes, outer[:2], strict=True)
         ]
-        return x.as_strided(
-            (*sizes, rows, *x.shape[3:]),
-            (*strides, rate * position_stride, *rest),
-            x.storage_offset() + _dot(start, outer),
-        )
+        return (*sizes, rows), (*strides, rate * outer[2], *x_strides[3:]), _dot(start, outer)
 
 
 def blocks(

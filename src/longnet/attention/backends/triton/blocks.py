@@ -1,6 +1,6 @@
 """How the fused kernels are cut: what a program owns, and how much of it is computed at a time.
 
-benchmarks/results/triton_kernels.jsonl says what that compiles to, and gpu_blocks.jsonl what was measured on an H100.
+benchmarks/results/triton_kernels.jsonl says what that compiles to, and h100.jsonl what was measured on an H100.
 """
 
 from __future__ import annotations
