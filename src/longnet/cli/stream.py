@@ -54,7 +54,7 @@ def stream(
         resume: Go on from the state in the output folder, if there is one.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         dtype: Of weights and state.
-        backend: Of dilated attention: "triton" is one fused kernel, on CUDA, which has never run on a GPU.
+        backend: Of dilated attention: "triton" is one fused kernel, on CUDA (docs/gpu.md).
     """
     import gc
     import json

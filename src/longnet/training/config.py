@@ -74,8 +74,7 @@ class TrainConfig:
     """Where to train; auto takes a GPU where there is one."""
 
     backend: Literal["auto", "triton"] = "auto"
-    """Of dilated attention: auto takes what is known to be fast; triton is one fused kernel, on CUDA, which has never
-    run on a GPU (docs/gpu.md)."""
+    """Of dilated attention: auto takes what is known to be fast; triton is one fused kernel, on CUDA (docs/gpu.md)."""
 
     log_every: int = 10
     """Steps between two lines of metrics."""
