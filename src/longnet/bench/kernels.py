@@ -137,7 +137,7 @@ def _type_of(name: str, dtype: str, constants: Row) -> str:
         return f"*{dtype}"
     if name.startswith("scale"):
         return "fp32"
-    return "i64" if re.fullmatch(r"[a-z]+_[bht]", name) or name == "of_dv" else "i32"
+    return "i64" if re.fullmatch(r"[a-z]+_[bht]", name) else "i32"
 
 
 def _target(code: str) -> str:

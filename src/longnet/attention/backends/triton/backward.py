@@ -176,15 +176,18 @@ def differentiate_keys(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["N", "H", "G", "T", "TQ", "skipped", "block", "of_dv"])
+@triton.jit(do_not_specialize=["N", "H", "G", "T", "TQ", "skipped", "block", "all_rows"])
 def backward_keys(
     DOUT, Q, K, V, LSE, DELTA, DK, DV, ACC, BRANCHES, OFFSETS, WORK,
-    N, H, G, T, TQ, skipped, block, of_dv, scale, scale_log2,
+    N, H, G, T, TQ, skipped, block, all_rows, scale, scale_log2,
     g_b, g_h, g_t, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv. Grid: (blocks of all documents, key/value heads); ACC (2, B, G, T, D) holds sums so far."""
+    """Write dk and dv. Grid: (blocks of all documents, key/value heads); ACC (2, B, G, T, D) holds sums so far.
+
+    all_rows: B · G · T.
+    """
     g = tl.program_id(1)
     group = H // G
     work = WORK + 6 * tl.program_id(0)
@@ -197,7 +200,7 @@ def backward_keys(
     k_base, v_base = K + b * k_b + gg * k_h + k_doc * k_t, V + b * v_b + gg * v_h + k_doc * v_t
     dk_base, dv_base = DK + b * dk_b + gg * dk_h + k_doc * dk_t, DV + b * dv_b + gg * dv_h + k_doc * dv_t
     dk_acc = ACC + ((b * G + g) * T + k_doc) * D
-    dv_acc = dk_acc + of_dv
+    dv_acc = dk_acc + all_rows.to(tl.int64) * D  # a multiple of D, as the compiler sees: it loads 16 bytes at once
     zero_rows(dk_acc, p_low, p_high, KEYS, D, DP)
     zero_rows(dv_acc, p_low, p_high, KEYS, D, DP)
     tl.debug_barrier()

@@ -223,7 +223,7 @@ def differentiate_keys(
         backward.backward_keys, (work.shape[0], num_kv_heads),
         dout, q, k, v, lse, delta, dk, dv, sums, tables.branches, tables.offsets, work,
         len(whole.pattern.all_branches), num_heads, num_kv_heads, all_tokens, tokens, all_tokens - tokens, length,
-        k.numel(), scale, scale * _LOG2_E, *_strides(dout, q, k, v, dk, dv),
+        k.shape[0] * num_kv_heads * all_tokens, scale, scale * _LOG2_E, *_strides(dout, q, k, v, dk, dv),
         CAUSAL=whole.is_causal, ROWS=blocks.rows, KEYS=blocks.keys, D=head_dim, DP=padded(head_dim),
         UPCAST=is_interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
