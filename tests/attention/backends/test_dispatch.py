@@ -167,13 +167,20 @@ def test_merging_in_one_launch_has_to_prove_itself(monkeypatch, caplog):
         assert dispatch.merge_on(CUDA, torch.float64) is merge_, "the launch sums in float32"
     assert "was off by 1.0e-01; plain PyTorch merges" in caplog.text
 
-    def fail(_):
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(dispatch, "_disagreement", fail)
     dispatch._float32_merge_on.cache_clear()
-    assert dispatch.merge_on(CUDA, torch.float32) is merge_
-    assert "could not run: Failed to find C compiler" in caplog.text
+
+
+def test_a_launch_that_cannot_be_compiled_is_left_aside(monkeypatch, caplog):
+    errors = pytest.importorskip("triton.errors")
+    for error in (RuntimeError("Failed to find C compiler"), errors.TritonError("ptxas failed")):
+
+        def fail(_, error=error):
+            raise error
+
+        monkeypatch.setattr(dispatch, "_disagreement", fail)
+        dispatch._float32_merge_on.cache_clear()
+        assert dispatch.merge_on(CUDA, torch.float32) is merge_
+        assert f"could not run: {error}; plain PyTorch merges" in caplog.text
     dispatch._float32_merge_on.cache_clear()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -194,7 +193,7 @@ def proves_itself(
         return False
     try:
         error = disagreement(device)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as raised:  # no compiler, or one that fails
+    except launch.failures() as raised:  # no compiler, or one that fails
         reason = f"could not run: {raised}"
     else:
         if error <= tolerance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -61,6 +62,13 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 def is_installed() -> bool:
     """Say whether Triton is at hand."""
     return importlib.util.find_spec("triton") is not None
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a first launch raises where it cannot be compiled, or does not fit the device."""
+    from triton.errors import TritonError  # no RuntimeError: ptxas that fails, too much shared memory
+
+    return TritonError, RuntimeError, OSError, subprocess.CalledProcessError
 
 
 def is_interpreted() -> bool:
