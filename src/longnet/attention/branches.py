@@ -33,6 +33,15 @@ class Branch(NamedTuple):
         """Count the rows that a head with this offset keeps of a segment's first `positions` positions."""
         return min(self.rows, kept_rows(positions, self.rate, offset))
 
+    def pairs(self, positions: int, offset: int, *, is_causal: bool) -> int:
+        """Count the (query, key) pairs of a segment's first `positions` positions in a head with this offset."""
+        rows = self.kept_rows(positions, offset)
+        if not self.is_dense:
+            return rows * (rows + 1) // 2 if is_causal else rows * rows
+        if is_causal:  # the key at offset + m · rate is seen by all queries from there on
+            return rows * (positions - offset) - self.rate * (rows * (rows - 1) // 2)
+        return rows * positions
+
 
 class OffsetGrid(NamedTuple):
     """Heads `head + i · offset_step + j · head_step`, i < offsets, j < heads, each with offset `offset + i`."""

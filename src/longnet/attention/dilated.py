@@ -105,8 +105,8 @@ def dilated_attention(
         dropout_p: only 0.
         return_lse: return the log-sum-exp too.
         backend: `"sdpa"` computes tiles with the kernels behind scaled_dot_product_attention, `"reference"` a dense
-            mask in O(T²), `"triton"` one fused kernel of our own on CUDA, `"auto"` the fastest that can run, by what has
-            been measured, never the oracle.
+            mask in O(T²), `"triton"` one fused kernel of our own on CUDA, `"auto"` the fastest that can run, by what
+            has been measured, never the oracle.
         mesh: an axis of ranks, across which the sequence lies: q, k, v, padding_mask and the result are this rank's
             slice of it, in rank order, of any length; cu_seqlens are those of the whole sequence. Every rank calls,
             and goes backward, with the same pattern and settings. Tq = T.

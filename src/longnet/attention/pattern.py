@@ -340,13 +340,7 @@ class DilationPattern:
             for head in range(num_kv_heads):
                 offset = self.offset(rate, head, num_kv_heads)
                 for segments, positions in ((whole, branch.length), (1, rest)):
-                    rows = branch.kept_rows(positions, offset)
-                    if not branch.is_dense:
-                        pairs += segments * (rows * (rows + 1) // 2 if is_causal else rows * rows)
-                    elif is_causal:  # the key at offset + m · rate is seen by all queries from there on
-                        pairs += segments * (rows * (positions - offset) - rate * (rows * (rows - 1) // 2))
-                    else:
-                        pairs += segments * rows * positions
+                    pairs += segments * branch.pairs(positions, offset, is_causal=is_causal)
         return 4 * head_dim * pairs * (num_heads // num_kv_heads)
 
     def state_rows(self, *, tokens: int) -> int:

@@ -123,18 +123,25 @@ def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | Non
     """Return what `register` makes ops of: functions of plain tensors."""
 
     def fused(
-        backend: str, q: Tensor, k: Tensor, bounds: Tensor | None, settings: Iterable[Any], *, backward: bool
+        whole: Callable[..., Whole],
+        backend: str,
+        q: Tensor,
+        k: Tensor,
+        bounds: Tensor | None,
+        settings: Iterable[Any],
+        *,
+        backward: bool,
     ) -> bool:
         def tiles() -> Iterable[Tile]:
             return (tile for part in lay_out(q, k, bounds, *settings).parts for tile in part.tiles)
 
-        return is_fused(backend, q, tiles, backward=backward)
+        return is_fused(backend, q, k, lambda: whole(q, k, bounds, *settings), tiles, backward=backward)
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, sinks: Tensor | None, *settings_scale_backend: Any
     ) -> tuple[Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
-        if as_one and fused(backend, q, k, bounds, settings, backward=False):
+        if as_one and fused(as_one, backend, q, k, bounds, settings, backward=False):
             q, k, v = (rows_dense(x) for x in (q, k, v))
             out, fused_lse = launch.attend(q, k, v, sinks, as_one(q, k, bounds, *settings), scale=scale)
             return out, laid_out_like(fused_lse, empty_lse(q))
@@ -173,7 +180,7 @@ def implement(lay_out: Callable[..., Layout], as_one: Callable[..., Whole] | Non
         *settings_scale_backend: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         *settings, scale, backend = settings_scale_backend
-        if as_one and fused(backend, q, k, bounds, settings, backward=True):
+        if as_one and fused(as_one, backend, q, k, bounds, settings, backward=True):
             dout, q, k, v = (rows_dense(x) for x in (dout, q, k, v))
             return launch.attend_backward(dout, q, k, v, out, lse, as_one(q, k, bounds, *settings), scale=scale)
         kernels = dispatch.choose(backend, q.device, q.dtype, q.shape[3])
