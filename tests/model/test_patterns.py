@@ -13,9 +13,19 @@ from transformers import (
     BertModel,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
 )
 
-from longnet import DilatedCache, DilationPattern, LongNetConfig, LongNetModel, use_dilated_attention
+from longnet import (
+    DilatedCache,
+    DilationPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForImageClassification,
+    LongNetModel,
+    LongNetSlideModel,
+    use_dilated_attention,
+)
 from longnet.attention import reference
 from longnet.cli.recipe import load_recipe
 from longnet.model.patterns import pattern_of, warn_of_unseen
@@ -110,13 +120,36 @@ def test_a_cache_of_another_rotation_is_refused(tmp_path):
 
 
 def test_positions_that_no_head_keeps_are_told_with_the_mend():
-    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"]))
     with pytest.warns(UserWarning, match=r"branch 32:5 .* no head keeps 3 of each 5 .* with 2 key/value heads: choose"):
         use_dilated_attention(model, PATTERN)
     with pytest.warns(UserWarning, match=r"no head keeps 1 of each 7 .* or more than 3 layers"):
         use_dilated_attention(model, DilationPattern((8, 32), (1, 7)), rotate_offsets=True)
     with pytest.warns(UserWarning, match="rotate_offsets=True, which shifts them with depth"):
         AutoModelForCausalLM.from_config(LongNetConfig.preset("tiny", dilation_rates=(1, 2, 16)))
+
+
+def test_the_mend_of_block_offsets_is_a_divisor(recwarn):
+    sizes = {"num_attention_heads": 6, "hidden_size": 96, "head_offsets": "block"}
+    with pytest.warns(
+        UserWarning, match=r"branch 64:4 .* no head keeps 1 of each 4 .*: choose rates that divide 6, or"
+    ):
+        LongNetModel(LongNetConfig.preset("tiny", **sizes, segment_lengths=(8, 64), dilation_rates=(1, 4)))
+    for mend in ({"dilation_rates": (1, 3)}, {"dilation_rates": (1, 4), "rotate_offsets": True}):
+        LongNetModel(LongNetConfig.preset("tiny", **sizes, segment_lengths=(8, 64), **mend))
+    assert not recwarn
+
+
+@pytest.mark.parametrize("attention", ["dilated", "sdpa"])
+@pytest.mark.parametrize(
+    "kind", [LlamaForCausalLM, LongNetForCausalLM, LongNetSlideModel, LongNetForImageClassification]
+)
+def test_whoever_builds_a_model_with_a_pattern_is_told_once(kind, attention, recwarn):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    pattern = {"segment_lengths": [8, 32], "dilation_rates": [1, 5], "attn_implementation": attention}
+    kind(kind.config_class(**sizes, **pattern))
+    told = [str(warning.message) for warning in recwarn if "no head keeps 1 of each 5" in str(warning.message)]
+    assert len(told) == (attention == "dilated")
 
 
 @pytest.mark.parametrize("preset", ["tiny", "5m", "25m", "125m", "350m", "760m", "2.7b"])

@@ -269,11 +269,17 @@ _check_and_adjust: Callable[..., Any] = PreTrainedModel._check_and_adjust_attn_i
 
 
 @functools.wraps(_check_and_adjust)
-def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+def _choose(
+    self: PreTrainedModel, attn_implementation: str | None, is_init_check: bool = False, *args: Any, **kwargs: Any
+) -> Any:
     if attn_implementation in PATTERN_FIELDS or attn_implementation in BACKENDS:
         for module in (self, *self.modules()):
             if isinstance(module, PreTrainedModel):
                 read_by(type(module))
+        if is_init_check and attn_implementation in BACKENDS and fields_of(self.config, "dilated") is not None:
+            config = self.config.get_text_config()  # models of other parts come here with their own
+            if isinstance(getattr(config, "num_attention_heads", None), int):
+                warn_of_unseen(pattern_of(self.config), config)
     elif attn_implementation is None:
         for name in PATTERN_FIELDS:
             if fields_of(self.config, name) is not None:
@@ -282,7 +288,7 @@ def _choose(self: PreTrainedModel, attn_implementation: str | None, *args: Any, 
                     f'attends in full: load it with attn_implementation="{name}", or with "sdpa" if that is meant',
                     stacklevel=2,
                 )
-    return _check_and_adjust(self, attn_implementation, *args, **kwargs)
+    return _check_and_adjust(self, attn_implementation, is_init_check, *args, **kwargs)
 
 
 # Whoever builds, loads or changes a model passes here.

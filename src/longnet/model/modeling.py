@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longnet.model.blocks import LongNetBlock, LongNetPreTrainedModel, see_both_ways
 from longnet.model.configuration import LongNetConfig
-from longnet.model.patterns import block_of, kind_of, warn_of_unseen
+from longnet.model.patterns import block_of, kind_of
 from longnet.model.sequence_parallel import current_chunk, current_group, positions_of_slice, slices_here
 from longnet.model.versions import CACHE, capture_outputs, columns_of, one_of, query_offset
 from longnet.model.visibility import bounds_of_mask, real_tokens, visible_slice
@@ -42,8 +42,6 @@ class LongNetModel(LongNetPreTrainedModel):
                 xpos_scale_base=config.xpos_scale_base if config.position_embedding == "xpos" else None,
                 max_position_embeddings=config.max_position_embeddings,
             )
-        if kind_of(config) == "dilated":
-            warn_of_unseen(config.pattern, config)
         self.layers = nn.ModuleList(LongNetBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm: nn.Module = nn.Identity()  # behind a post-LayerNorm block all is normalised
         if not config.post_layernorm:

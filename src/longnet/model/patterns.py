@@ -147,10 +147,11 @@ def warn_of_unseen(pattern: DilationPattern, config: PreTrainedConfig) -> None:
     others = {1: "", 2: " (and one other branch lacks some)"}.get(
         len(lacking), f" (and {len(lacking) - 1} other branches lack some)"
     )
+    rates = f"up to {heads}" if pattern.head_offsets == "mod" else f"that divide {heads}"
     mend = f"or more than {layers} layers" if rotates else "or rotate_offsets=True, which shifts them with depth"
     warnings.warn(
         f"in the branch {length}:{rate} of {pattern} no head keeps {unseen} of each {rate} positions{others}, with "
-        f"{heads} key/value heads: choose rates up to {heads}, {mend}",
+        f"{heads} key/value heads: choose rates {rates}, {mend}",
         stacklevel=3,
     )
 
