@@ -176,6 +176,26 @@ def test_a_cell_that_fails_leaves_the_others_alone(recipe_file, tmp_path):
     assert CellResult.load(cell_folder(tmp_path, Cell("sparse_fixed", 16))) is None
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="nothing to wait on")
+def test_a_signal_to_all_processes_waits_for_the_one_at_work(recipe_file, tmp_path):
+    """It ends the forkserver too, which alone knows when a process has ended: its checkpoint was cut short."""
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from longnet.cli.main import main; main()", "compare", str(recipe_file), "-o",
+         str(output), "--train.steps", "100000", "--checkpoint.every", "100000", "--train.log-every", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(output.glob("cells/*/run/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=100)
+    (checkpoints,) = output.glob("cells/*/run/checkpoints")
+    (checkpoint,) = checkpoints.iterdir()
+    assert checkpoint.suffix != ".partial", printed
+    assert "stopped; the same command goes on" in printed
+
+
 def test_a_signal_ends_the_process_at_work():
     with Stop() as stop:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()

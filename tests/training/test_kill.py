@@ -150,17 +150,40 @@ def test_a_process_that_ends_while_it_saves_does_not_abort():
     assert (done.returncode, done.stdout) == (3, "saving\nsaved\n"), done.stderr
 
 
-def test_a_second_signal_while_saving_ends_the_command_at_once(recipe, tmp_path):
-    (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolve(TokenData.open(recipe.data.path))))
-    script = SLOWLY + ("loop.save_checkpoint = lambda *_, **__: save(60)\nfrom longnet.cli.main import main\nmain()")
-    command = [sys.executable, "-c", script, "train", tmp_path / "recipe.toml", "-o", tmp_path / "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while (line := process.stdout.readline()) != "saving\n":
-        assert line
+@pytest.fixture
+def saving(recipe, tmp_path):
+    """Starts a run whose first checkpoint takes so many seconds, and waits until it is being written."""
+
+    def begin(seconds):
+        (tmp_path / "recipe.toml").write_text(to_toml(recipe.resolve(TokenData.open(recipe.data.path))))
+        script = f"{SLOWLY}loop.save_checkpoint = lambda *_, **__: save({seconds})\n"
+        script += "from longnet.cli.main import main\nmain()"
+        command = [sys.executable, "-c", script, "train", tmp_path / "recipe.toml", "-o", tmp_path / "run"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != "saving\n":
+            assert line
+        return process
+
+    return begin
+
+
+def test_one_request_to_stop_that_comes_in_two_ways_waits_for_the_checkpoint(saving):
+    """A scheduler tells every process of a job, and torchrun, which it told, tells its workers."""
+    process = saving(2)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "saved" in printed
+    assert "stopped by SIGTERM after step " in printed
+
+
+def test_a_second_signal_while_saving_ends_the_command_at_once(saving):
+    process = saving(60)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.7)
     printed, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "stopped at once" in printed

@@ -39,13 +39,27 @@ class Stop:
         context.set_forkserver_preload([work.__module__])  # torch and transformers are imported once, not by each
         self._process = context.Process(target=_run, args=(work, arguments))
         self._process.start()
+        ended = _handle_of(self._process.pid)
         self._process.join()
+        if ended is not None:  # a signal to all processes ends the forkserver, which alone tells `join` of an end
+            multiprocessing.connection.wait([ended])
+            os.close(ended)
         return int(self._process.exitcode)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.is_asked and self._process is not None and self._process.is_alive():
             self._process.terminate()
         self.is_asked = True
+
+
+def _handle_of(pid: int) -> int | None:
+    """Return a file descriptor that can be read once a process has ended; None where it has, or the system has none."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _run(work: Callable[..., int], arguments: tuple[Any, ...]) -> None:

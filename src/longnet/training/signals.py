@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
+
+_TOGETHER = 0.5  # seconds
 
 
 class Stop:
-    """Takes note of SIGINT and SIGTERM while it is entered; the second one has its usual effect.
+    """Takes note of SIGINT and SIGTERM while it is entered; a second request has its usual effect.
+
+    One request may come in several ways: from the terminal and from torchrun, from a job's scheduler, which tells every
+    process, and from the process that began this one. What comes within half a second of the first is the same.
 
     Attributes:
         signal: the one that came, None so far.
@@ -28,5 +34,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() > self._since + _TOGETHER:
+            self.__exit__()
+            signal.raise_signal(number)
