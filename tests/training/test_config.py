@@ -80,6 +80,15 @@ def test_a_setting_that_there_was_not_yet_had_its_default(make_recipe, data, tmp
     check_plan(tmp_path / "plan.json", tables)
 
 
+def test_a_default_that_follows_from_other_settings_does_so_of_the_old_ones(make_recipe, data):
+    """DeepNorm normalises behind its sublayers, whether there is a setting of its own for that or not yet."""
+    tables = make_recipe(model={"deepnorm": True, "sub_layernorm": False}).resolve(TokenData.open(data))
+    old = {name: dict(table) for name, table in tables.items()}
+    assert old["model"].pop("post_layernorm") is True
+    assert old["model"].pop("head_dim") == 8 != LongNetConfig().head_dim
+    assert differences(old, tables) == []
+
+
 def test_a_vocabulary_that_is_too_small_says_what_to_do(make_recipe, data):
     with pytest.raises(ValueError, match=r"leave vocab_size out, or give at least 257"):
         make_recipe(model={"vocab_size": 100}).model_config(TokenData.open(data))

@@ -304,7 +304,11 @@ def with_defaults(tables: Tables, like: Tables) -> Tables:
         for each in dataclasses.fields(Recipe)
         if each.default_factory is not dataclasses.MISSING
     }
-    known["model"] = LongNetConfig()
+    # Of a model some defaults follow from its other settings.
+    model = tables.get("model", {})
+    known["model"] = LongNetConfig(
+        **{key: value for key, value in model.items() if key in LongNetConfig.__annotations__}
+    )
 
     def default(table: str, key: str) -> Any:
         value = getattr(known.get(table), key, None)
