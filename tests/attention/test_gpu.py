@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from cases import ON_CUDA, cases
 from longnet import DilationPattern, dilated_attention
-from longnet.attention import combined, reference
+from longnet.attention import combined, fused, reference
 from longnet.attention.backends import dispatch
 from longnet.attention.chunks import Tape
 from longnet.attention.streaming import StreamState
@@ -115,7 +115,7 @@ def test_the_fused_kernel_has_no_races():
         return out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))
 
     first = run()
-    want = dilated_attention(q, k, v, pattern, is_causal=True)
+    want = dilated_attention(q, k, v, pattern, is_causal=True, backend="sdpa")
     torch.testing.assert_close(first[0], want, atol=2e-2, rtol=2e-2)
     for _ in range(250):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
@@ -123,6 +123,12 @@ def test_the_fused_kernel_has_no_races():
 
 def test_merging_in_one_launch_proves_itself():
     assert dispatch.merge_on(torch.device("cuda"), torch.float32) is dispatch.launch.merge_
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_as_one_proves_itself(dtype, head_dim):
+    assert fused._proves_itself(torch.device("cuda"), dtype, head_dim)
 
 
 def test_putting_parts_together_in_one_launch_proves_itself():
@@ -182,11 +188,12 @@ def check_kernel(kernel, dtype, head_dim, heads, lay_out, is_causal, monkeypatch
         assert_as_good_as_plain(name, mine.cpu(), plain, want, factor_of(name, dtype, device))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize("tokens", [64, 192, 320, 1000, 4096])
-def test_gradients_are_finite_where_cudnn_gave_nan(tokens):
+def test_gradients_are_finite_where_cudnn_gave_nan(tokens, backend):
     pattern = DilationPattern((64, 192, 4096), (1, 3, 4))
     q, k, v = (torch.randn(1, 8, tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
-    out = dilated_attention(q, k, v, pattern, is_causal=True)
+    out = dilated_attention(q, k, v, pattern, is_causal=True, backend=backend)
     assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
