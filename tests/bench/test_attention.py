@@ -88,3 +88,27 @@ def test_rows_are_appended_with_their_provenance(tmp_path):
     assert [row["number"] for row in rows] == [0, 1]
     assert {"date", "commit", "device", "threads", "torch", "python"} <= rows[0].keys()
     assert rows[0]["torch"] == torch.__version__
+
+
+def test_the_fastest_dense_kernel_is_one_that_the_device_has(monkeypatch):
+    """Not every GPU has cuDNN's attention, nor FlashAttention; running out of memory is no refusal."""
+    device, times = torch.device("cuda"), {"CUDNN_ATTENTION": 1.0, "FLASH_ATTENTION": 2.0}
+
+    def seconds(call, _):
+        return call()
+
+    def with_kernel(kernel, _):
+        if isinstance(times[kernel.name], Exception):
+            raise times[kernel.name]
+        return times[kernel.name]
+
+    monkeypatch.setattr(attention, "duration", seconds)
+    monkeypatch.setattr(attention, "_with_kernel", with_kernel)
+    names = []
+    for refused in ((), ("CUDNN_ATTENTION",), tuple(times)):
+        times |= dict.fromkeys(refused, RuntimeError("No available kernel"))
+        names.append(attention._fastest_dense(lambda: None, device)[0])
+    assert names == ["CUDNN_ATTENTION", "FLASH_ATTENTION", "PyTorch's choice"]
+    times["CUDNN_ATTENTION"] = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        attention._fastest_dense(lambda: None, device)

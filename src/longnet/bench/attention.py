@@ -205,8 +205,15 @@ def _fastest_dense(dense: Callable[[], object], device: torch.device) -> tuple[s
     found = []
     for kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         call = functools.partial(_with_kernel, kernel, dense)
-        duration(call, device)
+        try:
+            duration(call, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no such kernel for this device
+            continue
         found.append((min(duration(call, device) for _ in range(2)), kernel.name, call))
+    if not found:
+        return "PyTorch's choice", dense
     _, name, call = min(found, key=lambda each: each[0])
     return name, call
 
