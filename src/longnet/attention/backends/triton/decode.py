@@ -11,7 +11,7 @@ import triton.language as tl
 from longnet.attention.backends.triton.forward import add_sink, count_rows, load_rows, see_keys, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "G", "B", "splits"])
 def decode(
     Q, K, V, STATE_K, STATE_V, SINKS, OUT, PART, PART_LSE, COUNTS, NEXT, FIRST, ACTIVE, BRANCHES, OFFSETS, EDGES,
     N, H, G, B, splits, scale_log2,
