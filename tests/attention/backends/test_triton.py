@@ -42,8 +42,8 @@ def test_without_triton_the_extra_is_named(monkeypatch):
 
 
 SPILLED_BYTES = 256  # a program; measured ones are in benchmarks/results/triton_kernels.jsonl
-# Measured on an H100: the same kernel takes 1.8 times as long in blocks that spill 200 bytes (h100.jsonl).
-SPILLED_ON_HOPPER = {("backward_keys", 128): 1200}
+# Measured on an H100: the same kernel takes 1.8 times as long in the blocks that others get (h100.jsonl).
+SPILLED_ON_HOPPER = {("backward_keys", 128): 512}
 # Of sm_86, the least of all with tensor cores for bfloat16; Hopper's own blocks are larger.
 SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100a": 99 * 1024}
 
