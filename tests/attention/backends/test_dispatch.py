@@ -158,6 +158,7 @@ def test_what_nothing_can_run_is_refused_with_every_reason():
 
 
 def test_merging_in_one_launch_has_to_prove_itself(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, logger="longnet")
     monkeypatch.setattr(dispatch.launch, "is_installed", lambda: True)
     assert dispatch.merge_on(torch.device("cpu"), torch.float32) is merge_
     for error, taken in ((1e-7, dispatch.launch.merge_), (0.1, merge_)):
@@ -166,6 +167,7 @@ def test_merging_in_one_launch_has_to_prove_itself(monkeypatch, caplog):
         assert dispatch.merge_on(CUDA, torch.float32) is taken
         assert dispatch.merge_on(CUDA, torch.float64) is merge_, "the launch sums in float32"
     assert "was off by 1.0e-01; plain PyTorch merges" in caplog.text
+    assert "merging in one launch on cuda: agrees to 1.0e-07" in caplog.text
 
     dispatch._float32_merge_on.cache_clear()
 

@@ -180,7 +180,9 @@ def proves_itself(
     otherwise: str,
     tolerance: float = 1e-5,
 ) -> bool:
-    """Say whether a launch of Triton's runs on a device, and agrees there with what it stands for; warn where not.
+    """Say whether a launch of Triton's runs on a device, and agrees there with what it stands for.
+
+    It warns where not, and tells at DEBUG where it does.
 
     Args:
         device: only on CUDA there is such a launch.
@@ -197,6 +199,7 @@ def proves_itself(
         reason = f"could not run: {raised}"
     else:
         if error <= tolerance:
+            _log.debug("%s on %s: agrees to %.1e with what it stands for", doing, device, error)
             return True
         reason = f"was off by {error:.1e}"
     _log.warning("%s %s; %s on %s", doing, reason, otherwise, device)
