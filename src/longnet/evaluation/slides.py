@@ -87,7 +87,9 @@ def begin(folder: Path, paths: Sequence[Path], wanted: Wanted, about: dict[str, 
     settings = json.loads(json.dumps({**about, **dataclasses.asdict(wanted)}))
     noted = folder / _SETTINGS
     if noted.exists():
-        held = {name: getattr(LongNetSlideConfig(), name, None) for name in _DECIDING} | json.loads(noted.read_text())
+        # What an earlier version knew no setting for had its default.
+        defaults = {name: getattr(LongNetSlideConfig(), name) for name in _DECIDING} | dataclasses.asdict(Wanted())
+        held = json.loads(json.dumps(defaults)) | json.loads(noted.read_text())
         other = sorted(name for name in settings.keys() | held.keys() if settings.get(name) != held.get(name))
         if other:
             raise ValueError(
