@@ -97,3 +97,17 @@ def test_the_headline_of_the_committed_table_2_is_of_its_own_figures():
     ]
     assert len(cells) == 7
     assert f"**{findings.describe_headline(cells)}**" in text
+
+
+def test_the_committed_table_2_with_a_window_is_of_the_committed_results():
+    folder = Path(__file__).parents[2] / "benchmarks/results/table2-window"
+    text = (folder / "report.md").read_text()
+    results = [CellResult.load(path.parent) for path in folder.glob("cells/*/result.json")]
+    assert len(results) == 10
+    cells = [
+        (found.attention, found.length, {part.context: part.perplexity for part in found.contexts}) for found in results
+    ]
+    assert f"**{findings.describe_headline(cells)}**" in text
+    for found in results:
+        for part in found.contexts:
+            assert f" {part.perplexity:.3f} ± " in text
