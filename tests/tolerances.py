@@ -5,16 +5,16 @@ from torch import Tensor
 
 FORWARD_FACTOR = 2.0  # times the error of plain PyTorch in the same dtype, against float64
 GRADIENT_FACTOR = 3.0
-CUDA_FLOAT32 = 2.0  # times those: the memory-efficient kernel makes a product of float32 of three in TF32
+IN_TF32 = 2.0  # times those: the memory-efficient kernel makes a product of float32 of three in TF32
 FLOAT64 = 1e-11  # absolute, unit-variance inputs
 TORCHSCALE = 3e-6  # float32 output of another implementation
 SAME_FLOAT32 = 2e-6  # the same softmax along two paths in float32
 
 
-def factor_of(name: str, dtype: torch.dtype, device: str) -> float:
+def factor_of(name: str, *, in_tf32: bool = False) -> float:
     """Return how many times plain PyTorch's error, on a CPU, an output or gradient may have."""
     factor = FORWARD_FACTOR if name in ("out", "lse") else GRADIENT_FACTOR
-    return factor * CUDA_FLOAT32 if device == "cuda" and dtype == torch.float32 else factor
+    return factor * IN_TF32 if in_tf32 else factor
 
 
 def assert_as_good_as_plain(

@@ -28,7 +28,7 @@ def check(case: Case, dtype: torch.dtype, backend: str = "triton") -> None:
     logit, magnitudes = case.magnitudes()
     for name, got in case.run(backend, dtype).items():
         floor = rounding_floor(dtype, logit, magnitudes[name])
-        assert_as_good_as_plain(name, got, plain[name], exact[name], factor_of(name, dtype, "cpu"), floor)
+        assert_as_good_as_plain(name, got, plain[name], exact[name], factor_of(name), floor)
 
 
 @settings(max_examples=8)
