@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import DEVICES
 from longnet.training import row_log
 from longnet.training.row_log import RowLog
 
@@ -16,7 +17,8 @@ class Streams:
     def __init__(self):
         self.calls, self.waiting = [], []
 
-    def Stream(self):  # noqa: N802
+    def Stream(self, device):  # noqa: N802
+        self.device = device
         return SimpleNamespace(wait_stream=lambda other: self.calls.append(f"wait for {other}"))
 
     def Event(self):  # noqa: N802
@@ -32,8 +34,9 @@ class Streams:
             record=lambda stream: self.calls.append(f"record {number}"), synchronize=synchronize
         )  # fmt: skip
 
-    def current_stream(self):
-        return "the rows"
+    def current_stream(self, device):
+        assert device == self.device
+        return f"the rows on {device}"
 
     def stream(self, stream):
         return _Copying(self)
@@ -76,10 +79,10 @@ def test_rows_on_a_gpu_go_to_disk_once_they_have_come_while_the_next_are_on_thei
         log.write(index, rows_of(index))
     log.sync()
     assert streams.calls == [
-        "wait for the rows", "record 0", "hold",
-        "wait for the rows", "record 1", "hold", "there 0", "disk 0",
-        "wait for the rows", "record 2", "hold", "there 1", "disk 48",
-        "wait for the rows", "record 3", "hold", "there 2", "disk 96",
+        "wait for the rows on cpu", "record 0", "hold",
+        "wait for the rows on cpu", "record 1", "hold", "there 0", "disk 0",
+        "wait for the rows on cpu", "record 2", "hold", "there 1", "disk 48",
+        "wait for the rows on cpu", "record 3", "hold", "there 2", "disk 96",
         "there 3", "disk 144",
     ]  # fmt: skip
     assert not streams.waiting
@@ -104,6 +107,29 @@ def test_two_pinned_buffers_are_used_in_turn(log):
     assert len(log._buffers) == 2
     log.sync()
     log.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_written_while_the_next_are_computed_come_back(tmp_path, device):
+    """A state that each chunk overwrites at once, and rows whose memory is free for the next as they are written."""
+    counts = [0, 3000, 1, 4096, 17, 0, *torch.randint(0, 4097, (18,)).tolist()]
+    starts = [512 * sum(counts[:index]) for index in range(len(counts))]
+    log = RowLog(tmp_path / "rows", torch.cuda if device == "cuda" else None)
+    log.offsets = dict(enumerate(zip(starts, counts, strict=True)))
+    state = torch.arange(4096 * 128, dtype=torch.float32, device=device).view(4096, 2, 64)
+    of_zero, load = state.to("cpu", copy=True), torch.randn(256, 256, device=device)
+    for index, count in enumerate(counts):
+        for _ in range(10):
+            load = (load @ load).tanh()  # the copies fall behind the host, which writes on
+        log.write(index, torch.cat([state[: count // 2], state[count // 2 : count]]))
+        state += 1
+        if index % 7 == 6:
+            assert torch.equal(log.read(index, 64, torch.float32), of_zero[:count] + index)
+    log.sync()
+    for index, count in enumerate(counts):
+        assert torch.equal(log.read(index, 64, torch.float32), of_zero[:count] + index)
+    log.close()
+    assert (tmp_path / "rows").stat().st_size == 512 * sum(counts)
 
 
 def test_rows_other_than_were_counted_and_a_file_that_ends_are_said(tmp_path):

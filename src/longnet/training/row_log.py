@@ -30,12 +30,12 @@ class RowLog:
         self.offsets: dict[int, tuple[int, int]] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._streams = streams
-        self._stream = None if streams is None else streams.Stream()
+        self._stream: Any = None
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8)] * 2
         self._on_the_way: tuple[int, Tensor, Any] | None = None  # offset, pinned bytes, when they are there
 
     def write(self, index: int, rows: Tensor) -> None:
-        """Take over a chunk's rows (n, 2, D), which its caller may then overwrite.
+        """Take over a chunk's rows (n, 2, D), in memory that nobody writes to from then on.
 
         Raises:
             ValueError: other than were counted.
@@ -45,15 +45,17 @@ class RowLog:
         if len(rows) != count:
             raise ValueError(f"chunk {index} overwrote {len(rows)} rows, where {count} were counted")
         data = rows.contiguous().view(torch.uint8).reshape(-1)
-        if self._streams is None or self._stream is None:
+        if self._streams is None:
             self._write(offset, data.cpu())
             return
+        if self._stream is None:
+            self._stream = self._streams.Stream(rows.device)  # which need not be the current device
         buffer = self._buffers.pop(0)  # the other one is on the way
         if len(buffer) < len(data):
             buffer = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._streams is torch.cuda)
         self._buffers.append(buffer)
         there = self._streams.Event()
-        self._stream.wait_stream(self._streams.current_stream())  # which computes the rows
+        self._stream.wait_stream(self._streams.current_stream(rows.device))  # which computes the rows
         with self._streams.stream(self._stream):
             buffer[: len(data)].copy_(data, non_blocking=True)
             there.record(self._stream)
