@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from cases import DEVICES
 from longnet.evaluation import perplexity, scoring
 from longnet.evaluation.perplexity import (
     ContextResult,
@@ -22,18 +23,20 @@ def brute_force(model, ids, starts, largest, context):
     losses = []
     for start in starts:
         for low in range(start, start + largest, context):
-            window = torch.from_numpy(ids[low : low + context + 1])
+            window = torch.from_numpy(ids[low : low + context + 1]).to(model.device)
             with torch.no_grad():
                 logits = model.eval()(input_ids=window[None, :-1]).logits[0].double()
             losses.append(-logits.log_softmax(-1).gather(1, window[1:, None])[:, 0])
-    return torch.cat(losses).view(len(starts), largest).numpy()
+    return torch.cat(losses).view(len(starts), largest).numpy(force=True)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10**6])
-def test_losses_are_those_of_the_full_logits(model, split, token_bytes, batch_tokens, monkeypatch):
+def test_losses_are_those_of_the_full_logits(model, split, token_bytes, batch_tokens, monkeypatch, device):
+    model.to(device)
     monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 257 * 7)  # chunks that fit neither windows nor batches
     results = evaluate_contexts(
-        model, split, (64, 16, 32), token_bytes=token_bytes, tokens=5 * 64, batch_tokens=batch_tokens, device="cpu"
+        model, split, (64, 16, 32), token_bytes=token_bytes, tokens=5 * 64, batch_tokens=batch_tokens, device=device
     )
     starts = unit_starts(split, (64,), 5 * 64)
     assert len(starts) == 5

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from cases import DEVICES
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, use_dilated_attention
 from longnet.cli.main import main
 from longnet.data import documents
@@ -58,10 +59,11 @@ def expected_bins(model, ids):
     return [(a, b, losses[a:b].mean().item()) for a, b in itertools.pairwise(edges)], losses.mean().item()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk", [1, 100, 1000, 2910, 5000])
-def test_losses_are_those_of_one_pass(chunk, folder, tmp_path):
-    model = small()
-    ids = torch.tensor(whole(folder))
+def test_losses_are_those_of_one_pass(chunk, folder, tmp_path, device):
+    model = small().to(device)
+    ids = torch.tensor(whole(folder), device=device)
     if chunk == 1:
         ids = ids[:150]
     *_, sums = reading.stream(model, source_of(folder), tmp_path, chunk=chunk, tokens=len(ids))
@@ -84,9 +86,10 @@ def test_the_sums_are_plain_statistics():
     assert row["perplexity"] == pytest.approx(math.exp(losses[512:].mean()))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("stop", [1, 2, 5])
-def test_an_interrupted_stream_goes_on_to_the_same_sums(stop, folder, tmp_path):
-    model, source = small(), source_of(folder)
+def test_an_interrupted_stream_goes_on_to_the_same_sums(stop, folder, tmp_path, device):
+    model, source = small().to(device), source_of(folder)
     *_, expected = reading.stream(model, source, tmp_path / "one", chunk=200, save_every=400)
     begun = reading.stream(model, source, tmp_path / "two", chunk=200, save_every=400)
     for _ in range(stop):

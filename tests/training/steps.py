@@ -14,17 +14,20 @@ from longnet.training.chunked import ChunkedStep
 PATTERN = DilationPattern((8, 20, 64), (1, 3, 8))
 
 
-def longnet_model(pattern=PATTERN, *, layers=2, position="rope", **fields):
+def longnet_model(pattern=PATTERN, *, layers=2, position="rope", device="cpu", **fields):
     torch.manual_seed(0)
     config = LongNetConfig(
-        attn_implementation="dilated", vocab_size=50, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
-        head_offsets=pattern.head_offsets, queries=pattern.queries, position_embedding=position, **fields,
+        **{
+            "attn_implementation": "dilated", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "segment_lengths": pattern.segment_lengths,
+            "dilation_rates": pattern.dilation_rates, "head_offsets": pattern.head_offsets,
+            "queries": pattern.queries, "position_embedding": position, **fields,
+        }
     )  # fmt: skip
-    return LongNetForCausalLM(config).double().train()
+    return LongNetForCausalLM(config).double().train().to(device)
 
 
-def llama(pattern=PATTERN):
+def llama(pattern=PATTERN, *, device="cpu"):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -32,14 +35,14 @@ def llama(pattern=PATTERN):
     )  # fmt: skip
     model = LlamaForCausalLM(config).double().train()
     longnet.use_dilated_attention(model, pattern)
-    return model
+    return model.to(device)
 
 
-def tokens_of(rows, tokens, seed=1):
+def tokens_of(rows, tokens, seed=1, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     ids, targets = (torch.randint(0, 50, (rows, tokens), generator=generator) for _ in "it")
     targets[:, 3::7] = -100
-    return ids, targets
+    return ids.to(device), targets.to(device)
 
 
 def gradients(model):
@@ -75,11 +78,12 @@ def reader_of(ids, targets):
     return lambda start, stop: (ids[:, start:stop], targets[:, start:stop])
 
 
-def learn_to_the_end(folder, sender):
+def learn_to_the_end(folder, sender, device="cpu"):
     """Learn from a batch of two parts, going on where the folder says; tell of each chunk, and leave the result."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    model = longnet_model(DilationPattern((8, 64, 256), (1, 4, 16)), hidden_dropout=0.1, drop_path=0.1).float()
+    pattern = DilationPattern((8, 64, 256), (1, 4, 16))
+    model = longnet_model(pattern, hidden_dropout=0.1, drop_path=0.1, device=device).float()
     with ChunkedStep(
         model, reader_of(*tokens_of(2, 600)), sequences=2, tokens=600, chunk_tokens=24, items=900, parts=2, seed=(1, 2),
         folder=Path(folder),

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import longnet
-from cases import patterns
+from cases import DEVICES, ON_CUDA, patterns
 from longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 from longnet.data.shards import TokenData
 from longnet.model.versions import checkpoint_layers
@@ -46,11 +46,12 @@ def model_with_sinks(pattern=PATTERN):
     return model  # in float32: its experts know no float64
 
 
-def adapted_llama(pattern=PATTERN):
+def adapted_llama(pattern=PATTERN, *, device="cpu"):
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return get_peft_model(llama(pattern), adapters)
+    return get_peft_model(llama(pattern, device=device), adapters)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=25)
 @given(
     patterns(),
@@ -62,25 +63,26 @@ def adapted_llama(pattern=PATTERN):
     st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore:.*no branch of dilation rate 1")
-def test_gradients_are_those_of_the_whole(pattern, tokens, chunk_tokens, rows, layers, rotates, ties):
-    model = longnet_model(pattern, layers=layers, rotate_offsets=rotates, tie_word_embeddings=ties)
-    ids, targets = tokens_of(rows, tokens)
+def test_gradients_are_those_of_the_whole(device, pattern, tokens, chunk_tokens, rows, layers, rotates, ties):
+    model = longnet_model(pattern, layers=layers, rotate_offsets=rotates, tie_word_embeddings=ties, device=device)
+    ids, targets = tokens_of(rows, tokens, device=device)
     expected = whole(model, ids, targets)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=chunk_tokens), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("make", [longnet_model, llama])
-def test_packed_documents_and_padding(make):
-    model = make()
-    ids, targets = tokens_of(1, 101)
-    edges = torch.tensor([0, 5, 5, 60, 101], dtype=torch.int32)
-    positions = torch.cat([torch.arange(size) for size in edges.diff().tolist()])[None]
+def test_packed_documents_and_padding(make, device):
+    model = make(device=device)
+    ids, targets = tokens_of(1, 101, device=device)
+    edges = torch.tensor([0, 5, 5, 60, 101], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(size, device=device) for size in edges.diff().tolist()])[None]
     packed = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "position_ids": positions}
     expected = whole(model, ids, targets, **packed)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=17, cu_seqlens=edges), expected)
 
-    ids, targets = tokens_of(3, 50)
-    mask = torch.ones(3, 50, dtype=torch.bool)
+    ids, targets = tokens_of(3, 50, device=device)
+    mask = torch.ones(3, 50, dtype=torch.bool, device=device)
     mask[0, :23], mask[2, 20:] = False, False
     targets[~mask] = -100
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # the same on both ways: Llama turns in float32
@@ -155,14 +157,15 @@ def test_xpos_counts_from_the_sequences_start():
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=24), expected)
 
 
-def test_any_causal_model_of_transformers():
-    model = llama()
-    ids, targets = tokens_of(2, 101)
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_causal_model_of_transformers(device):
+    model = llama(device=device)
+    ids, targets = tokens_of(2, 101, device=device)
     expected = whole(model, ids, targets)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=16), expected)
     checkpoint_layers(model)
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=16), expected)
-    adapted = adapted_llama()
+    adapted = adapted_llama(device=device)
     expected = whole(adapted, ids, targets)
     assert_same(adapted, chunked_gradients(adapted, ids, targets, chunk_tokens=16), expected)
 
@@ -187,19 +190,28 @@ def test_experts_learn_without_the_routers_auxiliary_loss_which_is_refused():
     assert_same(model, chunked_gradients(model, ids, targets, chunk_tokens=16), expected, limit=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "auto"), *(pytest.param("cuda", backend, marks=ON_CUDA) for backend in ("auto", "triton"))],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=6)
 @given(patterns(), st.integers(2, 120), st.integers(1, 50), st.booleans())
 @pytest.mark.filterwarnings("ignore:.*no branch of dilation rate 1")
-def test_errors_are_those_of_the_whole_in_the_same_dtype(dtype, pattern, tokens, chunk_tokens, is_checkpointed):
-    ids, targets = tokens_of(1, tokens)
-    _, truth = whole(longnet_model(pattern), ids, targets)
-    model = longnet_model(pattern).float()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
+def test_errors_are_those_of_the_whole_in_the_same_dtype(
+    dtype, device, backend, pattern, tokens, chunk_tokens, is_checkpointed
+):
+    ids, targets = tokens_of(1, tokens, device=device)
+    wide = {"hidden_size": 64} if device == "cuda" else {}  # heads of 16, as the fused kernels take them
+    _, truth = whole(longnet_model(pattern, device=device, **wide), ids, targets)
+    model = longnet_model(pattern, device=device, **wide).float()
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16)
     with autocast:
         loss = model(ids, shift_labels=targets).loss
     loss.backward()
     plain = gradients(model)
+    if backend == "triton":
+        model.set_attn_implementation("dilated_triton")
     if is_checkpointed:
         checkpoint_layers(model)
     chunked_gradients(model, ids, targets, chunk_tokens=chunk_tokens, autocast=autocast)
@@ -229,12 +241,17 @@ class Masks(torch.nn.Module):
         return x * mask
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=15)
 @given(patterns(), st.integers(1, 70), st.integers(1, 40), st.integers(1, 2), st.integers(1, 3), st.booleans())
 @pytest.mark.filterwarnings("ignore:.*no branch of dilation rate 1")
 @pytest.mark.filterwarnings("ignore:.*no head keeps")
-def test_dropout_is_that_of_one_pass_with_the_same_masks(pattern, tokens, chunk_tokens, parts, layers, is_checkpointed):
-    model = longnet_model(dataclasses.replace(pattern, offset_shift=0), layers=layers, hidden_dropout=0.3)
+def test_dropout_is_that_of_one_pass_with_the_same_masks(
+    device, pattern, tokens, chunk_tokens, parts, layers, is_checkpointed
+):
+    model = longnet_model(
+        dataclasses.replace(pattern, offset_shift=0), layers=layers, hidden_dropout=0.3, device=device
+    )
     masks = []
     for module in [*model.modules()]:
         for name, child in module.named_children():
@@ -243,7 +260,7 @@ def test_dropout_is_that_of_one_pass_with_the_same_masks(pattern, tokens, chunk_
                 setattr(module, name, masks[-1])
     if is_checkpointed:
         checkpoint_layers(model)
-    ids, targets = tokens_of(parts, tokens)
+    ids, targets = tokens_of(parts, tokens, device=device)
     items = int((targets != -100).sum())
     with ChunkedStep(
         model, reader_of(ids, targets), sequences=parts, tokens=tokens, chunk_tokens=chunk_tokens, items=items,
@@ -268,11 +285,13 @@ def test_dropout_is_that_of_one_pass_with_the_same_masks(pattern, tokens, chunk_
     assert learning.loss == pytest.approx(expected[0], rel=1e-10)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("drops", [{"hidden_dropout": 0.2}, {"drop_path": 0.6}])
-def test_dropout_is_the_same_in_both_passes_and_leaves_the_random_state(drops):
-    model = longnet_model(layers=3, **drops)
-    ids, targets = tokens_of(2, 64)
-    before = torch.get_rng_state()
+def test_dropout_is_the_same_in_both_passes_and_leaves_the_random_state(drops, device):
+    model = longnet_model(layers=3, device=device, **drops)
+    ids, targets = tokens_of(2, 64, device=device)
+    state_of = torch.cuda.get_rng_state if device == "cuda" else torch.get_rng_state
+    before = torch.get_rng_state(), state_of()
 
     def step(weight=None, change=0.0):
         read = reader_of(ids, targets)
@@ -285,7 +304,8 @@ def test_dropout_is_the_same_in_both_passes_and_leaves_the_random_state(drops):
         return learning.loss, gradients(model)
 
     _, found = step()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(state_of(), before[1])
     weight = model.model.layers[0].self_attn.v_proj.weight  # what it changes reaches later chunks through the state
     (above, _), (below, _) = step(weight, 1e-5), step(weight, -2e-5)
     assert (above - below) / 2e-5 == pytest.approx(
@@ -375,10 +395,11 @@ def test_spans_that_end_together_need_no_log_beyond_their_own(tmp_path):
     assert chunk_costs(model.config, tokens=100, chunk_tokens=16) == (0, 0, 0)
 
 
-def test_the_log_takes_what_the_formula_says(tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_log_takes_what_the_formula_says(tmp_path, device):
     pattern = DilationPattern.geometric(8, 2**14)
-    model = longnet_model(pattern).float()
-    ids, targets = tokens_of(1, 2**13)
+    model = longnet_model(pattern, device=device).float()
+    ids, targets = tokens_of(1, 2**13)  # on the CPU: a chunk at a time goes to the model
     read = reader_of(ids, targets)
     with ChunkedStep(
         model, read, sequences=1, tokens=2**13, chunk_tokens=32, items=2**13, folder=tmp_path / "step"
@@ -414,11 +435,13 @@ def test_what_cannot_learn_in_chunks_is_refused():
         step.save()
 
 
-def test_a_run_in_chunks_learns_what_one_at_once_does(make_recipe, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_in_chunks_learns_what_one_at_once_does(make_recipe, tmp_path, device):
     plain = {"hidden_dropout": 0.0}
     found = []
     for name, chunks in (("whole", None), ("chunks", 7)):
-        recipe = make_recipe(model=plain, train={"steps": 3, "chunk_tokens": chunks, "accumulate": 2, "log_every": 1})
+        settings = {"steps": 3, "chunk_tokens": chunks, "accumulate": 2, "log_every": 1, "device": device}
+        recipe = make_recipe(model=plain, train=settings)
         train(recipe, tmp_path / name, progress=False)
         found.append([row["loss"] for row in lines(tmp_path / name) if row["kind"] == "train"])
     assert len(found[0]) == 3
