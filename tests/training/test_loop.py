@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cases import DEVICES
 from longnet import LongNetForCausalLM
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
@@ -34,12 +35,14 @@ def at(run, step):
     return tensors(run / "checkpoints" / f"step-{step:08d}")
 
 
-def test_a_run_is_plain_pytorch(make_recipe, data, tmp_path):
-    recipe = make_recipe(model=NO_DROPOUT, optim={"weight_decay": 0.1, "clip": 0.5}, train={"steps": 6})
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_is_plain_pytorch(make_recipe, data, tmp_path, device):
+    settings = {"optim": {"weight_decay": 0.1, "clip": 0.5}, "train": {"steps": 6, "device": device}}
+    recipe = make_recipe(model=NO_DROPOUT, **settings)
     train(recipe, tmp_path / "RUN", progress=False)
     torch.manual_seed(0)
     opened = TokenData.open(data)
-    model = LongNetForCausalLM(recipe.model_config(opened)).train()
+    model = LongNetForCausalLM(recipe.model_config(opened)).train()  # on the CPU, whatever the run's device
     windows = Windows(opened.train, 32, seed=0)
     matrices, others = ([w for w in model.parameters() if (w.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -60,10 +63,10 @@ def test_a_run_is_plain_pytorch(make_recipe, data, tmp_path):
         torch.testing.assert_close(weight, dict(model.named_parameters())[name], atol=2e-4, rtol=1e-3)
 
 
-def test_it_learns(make_recipe, tmp_path):
-    summary = train(
-        make_recipe(train={"steps": 120, "log_every": 120}, checkpoint={"every": 0}), tmp_path / "RUN", progress=False
-    )
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_learns(make_recipe, tmp_path, device):
+    recipe = make_recipe(train={"steps": 120, "log_every": 120, "device": device}, checkpoint={"every": 0})
+    summary = train(recipe, tmp_path / "RUN", progress=False)
     # Three next tokens are equally likely; one who knows the alphabet alone pays log 26 = 3.26.
     assert summary.loss < 2.3
     assert (summary.step, summary.tokens, summary.stopped_by) == (120, 120 * 4 * 32, None)
@@ -298,14 +301,19 @@ def test_other_data_cannot_resume_but_may_lie_elsewhere(whole, make_recipe, tmp_
     assert train(moved, run, resume=True, progress=False).step == 12
 
 
-def test_a_constant_rate_lets_a_run_grow(make_recipe, tmp_path):
-    constant = {"optim": {"schedule": "constant"}}
-    train(make_recipe(**constant, train={"steps": 9}), tmp_path / "grown", progress=False)
-    train(make_recipe(**constant, train={"steps": 12}), tmp_path / "grown", resume=True, progress=False)
-    train(make_recipe(**constant, train={"steps": 12}), tmp_path / "whole", progress=False)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_constant_rate_lets_a_run_grow(make_recipe, tmp_path, device, dtype):
+    def recipe(steps):
+        settings = {"steps": steps, "device": device, "dtype": dtype}
+        return make_recipe(optim={"schedule": "constant"}, train=settings, sample={"every": 4, "tokens": 3})
+
+    train(recipe(9), tmp_path / "grown", progress=False)
+    train(recipe(12), tmp_path / "grown", resume=True, progress=False)
+    train(recipe(12), tmp_path / "whole", progress=False)
     assert at(tmp_path / "grown", 12) == at(tmp_path / "whole", 12)
     with pytest.raises(ValueError, match=r"has finished 12 steps already: raise train\.steps"):
-        train(make_recipe(**constant, train={"steps": 9}), tmp_path / "grown", resume=True, progress=False)
+        train(recipe(9), tmp_path / "grown", resume=True, progress=False)
 
 
 def test_a_run_in_use_is_refused(make_recipe, tmp_path):
@@ -320,17 +328,20 @@ def test_another_machine_is_told(whole, capsys, monkeypatch):
     assert "continues on another machine (threads " in capsys.readouterr().err
 
 
-def test_recomputed_activations_give_the_same_bits(make_recipe, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_recomputed_activations_give_the_same_bits(make_recipe, tmp_path, device):
     for name, wanted in (("kept", False), ("recomputed", True)):
-        recipe = make_recipe(train={"steps": 4, "checkpoint_activations": wanted})
+        recipe = make_recipe(train={"steps": 4, "checkpoint_activations": wanted, "device": device})
         train(recipe, tmp_path / name, progress=False)
     assert losses(tmp_path / "recomputed") == losses(tmp_path / "kept")
     assert at(tmp_path / "recomputed", 4) == at(tmp_path / "kept", 4)
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32(make_recipe, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(make_recipe, tmp_path, device):
     for dtype in ("float32", "bfloat16"):
-        train(make_recipe(model=NO_DROPOUT, train={"dtype": dtype}), tmp_path / dtype, progress=False)
+        recipe = make_recipe(model=NO_DROPOUT, train={"dtype": dtype, "device": device})
+        train(recipe, tmp_path / dtype, progress=False)
     assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
     assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=2e-2)
     model = AutoModelForCausalLM.from_pretrained(model_folder(tmp_path / "bfloat16"))
@@ -349,12 +360,12 @@ def test_compiled_steps_give_the_same_losses(make_recipe, tmp_path, monkeypatch,
     assert at(tmp_path / "compiled", 3).keys() == at(tmp_path / "plain", 3).keys()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("attention", ["dilated", "sdpa", "sparse_fixed"])
-def test_the_last_checkpoint_is_the_model(make_recipe, tmp_path, attention):
+def test_the_last_checkpoint_is_the_model(make_recipe, tmp_path, attention, device):
     sparse = {"sparse_block": 8, "sparse_summary": 2} if attention == "sparse_fixed" else {}
-    summary = train(
-        make_recipe(model={"attention": attention, **sparse}, train={"steps": 2}), tmp_path / "RUN", progress=False
-    )
+    recipe = make_recipe(model={"attention": attention, **sparse}, train={"steps": 2, "device": device})
+    summary = train(recipe, tmp_path / "RUN", progress=False)
     assert summary.model_folder == model_folder(tmp_path / "RUN")
     model = AutoModelForCausalLM.from_pretrained(summary.model_folder)
     tokenizer = AutoTokenizer.from_pretrained(summary.model_folder)
