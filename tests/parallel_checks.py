@@ -1,10 +1,11 @@
-"""What each rank of a gloo group checks, in a process of its own: `run_ranks("parallel_checks:…", …)`."""
+"""What each rank of a group checks, in a process of its own: `run_ranks("parallel_checks:…", …)`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -172,22 +173,24 @@ def model(rank, ranks):
     return worst
 
 
-def shared_out(rank, ranks):
-    """The trainer's gradients on 2 × 2 ranks, weights shared out by FSDP2, against one device: relative errors."""
-    config = ParallelConfig(dp=2, sp=2)
-    cpu = torch.device("cpu")
-    axes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
-    shared = Ranks(config=config, device=cpu, rank=rank, axes=axes, shards=init_device_mesh("cpu", (ranks,)))
+def shared_out(rank, ranks, device="cpu"):
+    """The trainer's gradients on P × P ranks, weights shared out by FSDP2, against one device: relative errors."""
+    side = math.isqrt(ranks)
+    config = ParallelConfig(dp=side, sp=side)
+    axes = init_device_mesh(device, (side, side), mesh_dim_names=("dp", "sp"))
+    shards = init_device_mesh(device, (ranks,))
+    shared = Ranks(config=config, device=torch.device(device), rank=rank, axes=axes, shards=shards)
     generator = torch.Generator().manual_seed(5)
-    ids, targets = (torch.randint(0, 64, (4, 101), generator=generator) for _ in "it")
-    rows, columns = slice(2 * (rank // 2), 2 * (rank // 2) + 2), slice(*((0, 50), (50, 101))[rank % 2])
+    ids, targets = (torch.randint(0, 64, (4, 101), generator=generator).to(device) for _ in "it")
+    (row, column), share = divmod(rank, side), 4 // side
+    rows, columns = slice(share * row, share * row + share), slice(*(101 * (column + at) // side for at in (0, 1)))
     torch.manual_seed(0)
     net = LongNetForCausalLM(
         LongNetConfig(
             attn_implementation="dilated", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, segment_lengths=[8, 32, 128], dilation_rates=[1, 2, 8],
         )
-    ).double().train()  # fmt: skip
+    ).double().train().to(device)  # fmt: skip
     plain = contextlib.nullcontext()
     accumulate_gradients(net, ids, targets, parts=1, autocast=plain)
     expected = {name: parameter.grad for name, parameter in net.named_parameters()}
@@ -204,19 +207,19 @@ def shared_out(rank, ranks):
     return errors
 
 
-def chunked_shared_out(rank, ranks, folder):
+def chunked_shared_out(rank, ranks, folder, device="cpu"):
     """A step in chunks on ranks with FSDP2, saved, and resumed where a rank has one save less: errors, and where."""
-    config, cpu = ParallelConfig(dp=ranks), torch.device("cpu")
-    shared = Ranks(config=config, device=cpu, rank=rank, shards=init_device_mesh("cpu", (ranks,)))
+    config, shards = ParallelConfig(dp=ranks), init_device_mesh(device, (ranks,))
+    shared = Ranks(config=config, device=torch.device(device), rank=rank, shards=shards)
     generator = torch.Generator().manual_seed(5)
-    ids, targets = (torch.randint(0, 64, (2 * ranks, 101), generator=generator) for _ in "it")
+    ids, targets = (torch.randint(0, 64, (2 * ranks, 101), generator=generator).to(device) for _ in "it")
     torch.manual_seed(0)
     net = LongNetForCausalLM(
         LongNetConfig(
             attn_implementation="dilated", vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, segment_lengths=[8, 32, 128], dilation_rates=[1, 2, 8],
         )
-    ).double().train()  # fmt: skip
+    ).double().train().to(device)  # fmt: skip
     accumulate_gradients(net, ids, targets, parts=1, autocast=contextlib.nullcontext())
     expected = {name: parameter.grad for name, parameter in net.named_parameters()}
     net.zero_grad()

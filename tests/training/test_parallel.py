@@ -11,6 +11,7 @@ import torch
 from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM
 
+from cases import ON_CUDA
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.training import gradients
@@ -30,6 +31,8 @@ MESHES = {
     (2, 2): [],
     (1, 3): [],
 }
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+RANKS_OF_BOTH_AXES = [(4, "cpu"), pytest.param(1, "cuda", marks=ON_CUDA)]  # NCCL takes one rank a GPU
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +89,19 @@ def test_the_same_recipe_gives_the_same_losses(runs, mesh):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_gradients_added_up_over_both_axes_are_those_of_one_device(tmp_path):
-    for errors in run_ranks("parallel_checks:shared_out", 4, tmp_path):
+@pytest.mark.parametrize(("ranks", "device"), RANKS_OF_BOTH_AXES)
+def test_gradients_added_up_over_both_axes_are_those_of_one_device(tmp_path, ranks, device):
+    for errors in run_ranks("parallel_checks:shared_out", ranks, tmp_path, device, backend=BACKENDS[device]):
         assert len(errors) > 20
         for name, error in errors.items():
             assert error <= 1e-12, name
 
 
-def test_a_step_in_chunks_on_ranks_goes_on_from_a_save_that_all_have(tmp_path):
-    for found, errors in run_ranks("parallel_checks:chunked_shared_out", 2, tmp_path, str(tmp_path)):
-        assert found == [21, True, 16]
+@pytest.mark.parametrize(("ranks", "device", "save"), [(2, "cpu", 16), pytest.param(1, "cuda", 21, marks=ON_CUDA)])
+def test_a_step_in_chunks_on_ranks_goes_on_from_a_save_that_all_have(tmp_path, ranks, device, save):
+    check, backend = "parallel_checks:chunked_shared_out", BACKENDS[device]
+    for found, errors in run_ranks(check, ranks, tmp_path, str(tmp_path), device, backend=backend):
+        assert found == [21, True, save]
         assert len(errors) > 20
         for name, error in errors.items():
             assert error <= 1e-12, name
