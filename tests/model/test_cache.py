@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import longnet
+from cases import DEVICES, ON_CUDA
 from longnet import DilatedCache, DilationPattern
 from longnet.attention.sparse_fixed import SparseFixedPattern
 from longnet.model import use_sparse_fixed_attention
@@ -18,6 +19,10 @@ from longnet.model.versions import CACHE, TAKES_COLUMNS, TELLS_WHAT_TO_RECORD
 from model.families import BRANCHES, CAUSAL, build, dilated, positions_of, skip_broken_prefill, tokens_of
 
 SAME = 1e-5  # logits in float32, along two paths
+PLACES = [
+    *((family, "cpu") for family in CAUSAL),
+    *(pytest.param(family, "cuda", marks=ON_CUDA) for family in ("LongNet", "Llama")),
+]
 
 
 def model_of(family, dtype=torch.float32, **settings):
@@ -29,10 +34,10 @@ def in_chunks(model, ids, cache, size):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50, 110])
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize(("family", "device"), PLACES)
 @torch.no_grad()
-def test_logits_are_those_without_a_cache(family, chunk):
-    model, ids = model_of(family), tokens_of(2, 110)
+def test_logits_are_those_without_a_cache(family, chunk, device):
+    model, ids = model_of(family).to(device), tokens_of(2, 110).to(device)
     cache = DilatedCache(model.config)
     torch.testing.assert_close(in_chunks(model, ids, cache, chunk), model(ids).logits, atol=SAME, rtol=SAME)
     assert cache.get_seq_length() == 110
@@ -71,12 +76,12 @@ def test_a_long_prompt_of_generate_goes_forward_in_parts(family, way, monkeypatc
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("family", CAUSAL)
-def test_generate_is_that_with_the_ordinary_cache(family, way):
+@pytest.mark.parametrize(("family", "device"), PLACES)
+def test_generate_is_that_with_the_ordinary_cache(family, way, device):
     """70 tokens: past every boundary of segments of 4, 8 and 32."""
     if way == "chunked prefill":
         skip_broken_prefill("dynamic")
-    model, ids = model_of(family), tokens_of(1 if way == "prompt lookup" else 2, 13)
+    model, ids = model_of(family).to(device), tokens_of(1 if way == "prompt lookup" else 2, 13).to(device)
     mask = torch.ones_like(ids)
     if way != "prompt lookup":
         mask[0, :5] = 0
@@ -130,9 +135,10 @@ def test_generate_goes_on_from_a_given_cache(family):
         model.generate(ids, **{CACHE: DilatedCache(model.config, start=5)}, **settings)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_rows_of_unequal_length():
-    model, ids = model_of("LongNet"), tokens_of(3, 60)
+def test_rows_of_unequal_length(device):
+    model, ids = model_of("LongNet").to(device), tokens_of(3, 60).to(device)
     mask = torch.ones_like(ids)
     mask[0, :25], mask[1, :1] = 0, 0
     expected = model(ids, attention_mask=mask).logits
@@ -145,7 +151,7 @@ def test_rows_of_unequal_length():
             torch.testing.assert_close(out[real], expected[:, start:stop][real], atol=SAME, rtol=SAME)
     with pytest.raises(ValueError, match="must cover the 60 cached and the 1 new"):
         model(ids[:, :1], attention_mask=mask[:, :1], **{CACHE: cache})
-    llama = model_of("Llama")
+    llama = model_of("Llama").to(device)
     cache = DilatedCache(llama.config)
     llama(ids, attention_mask=mask, position_ids=positions_of(mask), **{CACHE: cache})
     with pytest.raises(ValueError, match="must cover the 60 cached and the 1 new"):
@@ -174,9 +180,10 @@ def test_positions_far_out(far, position_embedding):
     torch.testing.assert_close(padded[:1, 20:], model(ids[:1, 20:]).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_rows_are_chosen_repeated_and_reset():
-    model, ids = model_of("Qwen3"), tokens_of(3, 60)
+def test_rows_are_chosen_repeated_and_reset(device):
+    model, ids = model_of("Qwen3").to(device), tokens_of(3, 60).to(device)
     expected = model(ids).logits
     cache = DilatedCache(model.config)
     model(ids[:, :41], **{CACHE: cache})
@@ -187,8 +194,8 @@ def test_rows_are_chosen_repeated_and_reset():
         torch.testing.assert_close(got, expected[rows, 41:], atol=SAME, rtol=SAME)
 
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 1, 4]))
-    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_select_indices(torch.tensor([0, 1, 4], device=device))
+    cache.reorder_cache(torch.tensor([2, 0, 1], device=device))
     go_on(cache, [2, 0, 0])
     masked = copy.deepcopy(whole)
     masked.batch_select_indices(torch.tensor([True, False, True]))

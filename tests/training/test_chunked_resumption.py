@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import DEVICES
 from longnet.data.loader import Windows
 from longnet.training import chunked, row_log
 from longnet.training.chunked import ChunkedStep
@@ -27,11 +28,11 @@ def processes():
     return context
 
 
-def learn(context, folder, *, kill_after=None, delay=0.0):
+def learn(context, folder, *, device="cpu", kill_after=None, delay=0.0):
     """Return whether the step came to its end, and whether the kill met it learning."""
     folder.mkdir(exist_ok=True)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=learn_to_the_end, args=(folder, sender))
+    process = context.Process(target=learn_to_the_end, args=(folder, sender, device))
     process.start()
     sender.close()
     is_learning, count = None, 0
@@ -50,29 +51,30 @@ def learn(context, folder, *, kill_after=None, delay=0.0):
 RANDOM = random.Random(0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "kills", [(10, 25), pytest.param([RANDOM.randint(1, 12) for _ in range(20)], marks=pytest.mark.deep)]
 )
-def test_a_step_killed_at_any_instant_goes_on_to_the_same_bits(processes, kills, tmp_path):
-    assert learn(processes, tmp_path / "through")[0]
-    expected = torch.load(tmp_path / "through" / "result.pt")
+def test_a_step_killed_at_any_instant_goes_on_to_the_same_bits(processes, kills, tmp_path, device):
+    assert learn(processes, tmp_path / "through", device=device)[0]
+    expected = torch.load(tmp_path / "through" / "result.pt", map_location="cpu")
     killed, passes, kills = tmp_path / "killed", set(), list(kills)
 
     def compare():
-        found = torch.load(killed / "result.pt")
+        found = torch.load(killed / "result.pt", map_location="cpu")
         assert found[0] == expected[0]
         assert found[1].keys() == expected[1].keys()
         assert all(torch.equal(gradient, found[1][name]) for name, gradient in expected[1].items())
         shutil.rmtree(killed)
 
     while kills:
-        is_done, is_learning = learn(processes, killed, kill_after=kills[0], delay=RANDOM.random() / 20)
+        is_done, is_learning = learn(processes, killed, device=device, kill_after=kills[0], delay=RANDOM.random() / 20)
         if is_done:
             compare()
         else:
             kills.pop(0)
             passes.add(is_learning)
-    assert learn(processes, killed)[0]
+    assert learn(processes, killed, device=device)[0]
     compare()
     assert passes == {False, True}
 
