@@ -98,17 +98,20 @@ def healing_table(steps: dict[str, list[Row]]) -> str:
 
 
 def ruler_table(rows: list[Row]) -> str:
-    """Return the mean score and its standard error of each task, length and system."""
+    """Return the mean score, its standard error and the questions of each task, length and system."""
     scores: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         scores.setdefault((row["task"], row["length"]), {})[named(row["system"], row["healed"])] = row["scores"]
     columns = list(dict.fromkeys(name for cells in scores.values() for name in cells))
     lines = []
     for (task, length), cells in scores.items():
-        found = [mean_difference(np.array(cells[name])) if name in cells else None for name in columns]
-        lines.append(
-            [task, length, *("–" if each is None else f"{each.mean:.2f} ± {each.standard_error:.2f}" for each in found)]
-        )
+        told = []
+        for name in columns:
+            found = mean_difference(np.array(cells[name])) if name in cells else None
+            told.append(
+                f"{found.mean:.2f} ± {found.standard_error:.2f} ({len(cells[name])})" if found is not None else "–"
+            )
+        lines.append([task, length, *told])
     return table(["task", "tokens", *columns], lines)
 
 
@@ -161,7 +164,8 @@ def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
                   "key is seen by all queries in all heads. Last 512: a window that slides. Far: `4096:8;all`.\n",
                   masks_table(rows["masks"])]  # fmt: skip
     if rows["ruler"]:
-        parts += ["## RULER\n", ruler_table(rows["ruler"])]
+        parts += ["## RULER\n\nMean score ± its standard error (questions, the first of the same).\n",
+                  ruler_table(rows["ruler"])]  # fmt: skip
     return "\n".join(parts)
 
 

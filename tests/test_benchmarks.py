@@ -119,7 +119,7 @@ def test_the_report_pairs_files_and_counts_flops(scripts):
         "| 60 | 6.000 (+0.000) | 6.500 (+0.500) |",
     ]
     asked = [{"system": "all", "healed": 9, "task": "t", "length": 1024, "scores": [0.0, 1.0, 1.0, 0.0]}]
-    assert "| t | 1024 | 0.50 ± 0.29 |" in report.ruler_table(asked)
+    assert "| t | 1024 | 0.50 ± 0.29 (4) |" in report.ruler_table(asked)
     healed = [
         {**row, "healed": healed, "by_position": {"0-9": row["by_context"]["256"] / (1 + healed)}}
         for row in rows
