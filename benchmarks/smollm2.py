@@ -128,7 +128,7 @@ def add_adapters(model: LlamaForCausalLM) -> Any:
 
 
 def heal(work: Path, system: str, tokens: int) -> None:
-    """Train the adapters until they have seen so many tokens, saving after every step."""
+    """Train the adapters until they have seen so many tokens, saving every half a minute and at the end."""
     file = work / f"heal-{system}.pt"
     if file.exists() and _healed(file)["tokens"] >= tokens:
         return
@@ -139,7 +139,7 @@ def heal(work: Path, system: str, tokens: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     state: dict[str, Any] = {"tokens": 0, "steps": []}
     if file.exists():
-        state = torch.load(file, weights_only=True, map_location=DEVICE)
+        state = _healed(file)
         set_peft_model_state_dict(adapted, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
     data = np.load(work / "train.npy", mmap_mode="r")
@@ -228,8 +228,9 @@ def measure_loss(work: Path, chosen: Iterable[str] = PATTERNS) -> None:
 def measure_decoding(work: Path) -> None:
     """Time tokens up to the 8,192nd in turn, and count the bytes of the caches, once each has answered rightly."""
     file = work / "decode.jsonl"
-    if rows_of(file):
+    if len(rows_of(file)) == len(PATTERNS):
         return
+    file.unlink(missing_ok=True)  # of another round
     (_, window), *_ = json.loads((work / "held.json").read_text()).items()
     ids, steps = torch.tensor(window[:LONGEST], device=DEVICE)[None], DECODED * (ROUNDS + 1)
     readers = [_Reader(load(work, system, torch.float32), system != "dense") for system in PATTERNS]

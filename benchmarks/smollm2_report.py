@@ -173,7 +173,11 @@ def report(work: Path) -> None:
     """Write the rows, the steps of healing and the page."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     files = {name: work / f"heal-{name}.pt" for name in PATTERNS}
-    steps = {name: torch.load(file, weights_only=True)["steps"] for name, file in files.items() if file.exists()}
+    steps = {
+        name: torch.load(file, weights_only=True, map_location="cpu")["steps"]
+        for name, file in files.items()
+        if file.exists()
+    }
     rows = {name: rows_of(work / f"{name}.jsonl") for name in ("loss", "decode", "masks", "ruler")}
     (RESULTS / "heal.json").write_text(json.dumps(steps, indent=1) + "\n")
     for name, kept in ((name, kept) for name, kept in rows.items() if kept):

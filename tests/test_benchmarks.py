@@ -1,5 +1,6 @@
 """The parts of the benchmarks' scripts that need no download."""
 
+import functools
 import importlib
 import json
 import sys
@@ -23,7 +24,9 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     names = ("smollm2", "smollm2_report", "smollm2_masks")
-    yield [importlib.import_module(name) for name in names]
+    modules = [importlib.import_module(name) for name in names]
+    monkeypatch.setattr(modules[0], "DEVICE", torch.device("cpu"))
+    yield modules
     for name in names:
         del sys.modules[name]
 
@@ -51,14 +54,16 @@ def test_a_healing_that_was_stopped_goes_on_to_the_same_weights(scripts, tmp_pat
     assert all(torch.equal(value, stopped["adapter"][name]) for name, value in whole["adapter"].items())
     assert any(value.any() for name, value in whole["adapter"].items() if "lora_B" in name)  # they begin as zeros
     assert list(smollm2.systems(folders[0])) == [*((name, 0) for name in smollm2.PATTERNS), ("all", 6144)]
-    ids = torch.arange(64, device=smollm2.DEVICE)[None]
+    ids = torch.arange(64)[None]
     healed = smollm2.load_healed(folders[0], "all", 6144)(ids).logits
     assert not torch.equal(healed, smollm2.load_healed(folders[0], "all", 0)(ids).logits)
 
 
-def test_questions_are_answered_once_by_each_system(scripts, tmp_path):
+def test_questions_are_answered_once_by_each_system(scripts, monkeypatch, tmp_path):
     """An answer goes on from its question, whatever the batch beside it."""
     smollm2, *_ = scripts
+    monkeypatch.setattr(smollm2, "PATTERNS", {"dense": None, "kept": "2:1,8:2", "all": "2:1,8:2;all;global=1"})
+    monkeypatch.setattr(smollm2, "load", functools.partial(smollm2.load, dtype=torch.float32))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8, hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
@@ -68,21 +73,22 @@ def test_questions_are_answered_once_by_each_system(scripts, tmp_path):
     words = Tokenizer(WordLevel({word: number for number, word in enumerate("zabcdefg")}, unk_token="z"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="z").save_pretrained(tmp_path / "base")
-    questions = ["a b c d", "e f"]
+    questions = ["a b c d e f g a b", "e f"]
     row = {"task": "t", "length": 4, "questions": questions}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
     for _ in range(2):
-        smollm2.answer(tmp_path, ["dense", "all"])
+        smollm2.answer(tmp_path, [*smollm2.PATTERNS])
     rows = smollm2.rows_of(tmp_path / "answers.jsonl")
     assert [(row["system"], row["healed"], row["task"], row["length"]) for row in rows] == [
-        ("dense", 0, "t", 4), ("all", 0, "t", 4),
-    ]  # fmt: skip
-    model = smollm2.load(tmp_path, "dense")
-    for question, answer in zip(questions, rows[0]["answers"], strict=True):
-        ids = torch.tensor([words.encode(question).ids], device=smollm2.DEVICE)
-        made = model.generate(ids, max_new_tokens=smollm2.ANSWER_TOKENS, do_sample=False)
-        told = [words.id_to_token(number) for number in made[0, ids.shape[1] :].tolist() if number]
-        assert answer.split() == told
+        (name, 0, "t", 4) for name in smollm2.PATTERNS
+    ]
+    for row in rows:
+        model = smollm2.load(tmp_path, row["system"])
+        for question, answer in zip(questions, row["answers"], strict=True):
+            ids = torch.tensor([words.encode(question).ids])
+            made = model.generate(ids, max_new_tokens=smollm2.ANSWER_TOKENS, do_sample=False)
+            told = [words.id_to_token(number) for number in made[0, ids.shape[1] :].tolist() if number]
+            assert answer.split() == told
 
 
 def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scripts, tmp_path):

@@ -67,7 +67,7 @@ def comparison_report(tmp_path_factory):
             [(4096 * step, 4.6 + 4 * math.exp(-step / 90) + number / 30) for step in range(1, 800, 4)],
             [context(*pair) for pair in losses.items()], about,
         ))  # fmt: skip
-    timing = Timing([result.cell.name for result in results], [[0.3, 0.4, 0.35]] * len(results))
+    timing = Timing([result.cell.name for result in results], [[0.3, 0.4, 0.35]] * len(results), "a CPU")
     return write_report(Outcome(results, {}, timing, {"data": {"path": "runs/linux"}}, False), folder)
 
 

@@ -1,7 +1,6 @@
 """Whole models on a CUDA device give what they give on the CPU: outputs, gradients, generated tokens, saved caches."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -14,22 +13,21 @@ from model.families import BRANCHES, CAUSAL, FAMILIES, TEXT, build, dilated, tok
 
 pytestmark = pytest.mark.parametrize("device", DEVICES[1:])
 
-ERROR = 1e-9  # relative, float64 on two devices
+EXACT, ROUNDED = 1e-9, 5e-6  # relative, float64 on two devices; ROUNDED where transformers computes in float32 within
 
 
 def on_both(model, device):
-    """Return a model on the CPU and on the device. Rotations of transformers, in float32, are the CPU's on both."""
-    cpu, gpu = copy.deepcopy(model), model.to(device)
-    for name, rotary in cpu.named_modules():
-        if type(rotary).__name__.endswith("RotaryEmbedding") and "longnet" not in type(rotary).__module__:
-            gpu.get_submodule(name).forward = partial(computed_on_the_cpu, rotary)
-    return cpu, gpu
+    return copy.deepcopy(model), model.to(device)
 
 
-def computed_on_the_cpu(module, x, *args, **kwargs):
-    args = [arg.cpu() if isinstance(arg, torch.Tensor) else arg for arg in args]
-    kwargs = {name: arg.cpu() if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
-    return tuple(part.to(x.device) for part in module(x.cpu(), *args, **kwargs))
+def error_of(model):
+    """Return what two devices may differ by: rotations and RMSNorms of transformers are float32 in any model.
+
+    One unit in the last place of the sines gives 6e-7 (Qwen3), another order of RMSNorm's sums 5e-7.
+    """
+    within = {type(module) for module in model.modules() if type(module).__module__.startswith("transformers.")}
+    is_rounded = any(kind.__name__.endswith(("RotaryEmbedding", "RMSNorm")) for kind in within)
+    return ROUNDED if is_rounded else EXACT
 
 
 def outputs_and_gradients(model, **inputs):
@@ -39,11 +37,11 @@ def outputs_and_gradients(model, **inputs):
     return {"output": found.detach(), **{name: x.grad for name, x in model.named_parameters() if x.grad is not None}}
 
 
-def assert_near(got, expected):
+def assert_near(got, expected, error=EXACT):
     assert got.keys() == expected.keys()
     largest = max(x.abs().max() for x in expected.values())
     for name, x in expected.items():
-        assert (got[name].cpu() - x).abs().max() <= ERROR * max(x.abs().max(), 1e-3 * largest), name
+        assert (got[name].cpu() - x).abs().max() <= error * max(x.abs().max(), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
@@ -68,7 +66,7 @@ def test_every_family_computes_what_it_does_on_the_cpu(family, is_padded, device
         expected["output"], got["output"] = (
             x["output"] * inputs["attention_mask"][..., None].to(x["output"].device) for x in (expected, got)
         )
-    assert_near(got, expected)
+    assert_near(got, expected, error_of(cpu))
 
 
 def test_packed_documents(device):
@@ -106,7 +104,7 @@ def test_a_cache_saved_on_a_device_goes_on_there_and_on_the_cpu(device, tmp_path
     for model, place in ((gpu, device), (cpu, "cpu")):
         loaded = DilatedCache.load(tmp_path / "cache", model.config, device=torch.device(place))
         got = model(ids[:, 41:].to(place), **{CACHE: loaded}).logits
-        torch.testing.assert_close(got.cpu(), expected, atol=ERROR, rtol=ERROR)
+        torch.testing.assert_close(got.cpu(), expected, atol=ROUNDED, rtol=ROUNDED)
 
 
 @pytest.mark.parametrize("tail", ["exact", "torchscale"])

@@ -201,13 +201,14 @@ def _cost_notes(results: Sequence[CellResult], timing: Timing | None) -> list[st
         "in closed form for the loss and for dense attention, of which the pairs that the causal mask hides are left "
         "out. The counter and the closed form agree in every cell.",
         "“Seconds in steps” is wall-clock time with whatever else the machine was doing. Peak memory is that of the "
-        "cell's own process while it trained, libraries included.",
+        "cell's own process while it trained, libraries included; of a cell that a GPU trained, of the GPU's memory.",
     ]
     if timing is not None:
+        base = _baseline(results, results[-1]).cell.title.partition(",")[0]
         notes.append(
             f"“Seconds a step, in turn”: median of {len(timing.seconds[0])} rounds, in each of which a step of every "
-            f"cell ran, one after the other, in one process. The ratio is the median over rounds, against "
-            f"{_baseline(results, results[-1]).cell.title.partition(',')[0]} at the same length where it is there."
+            f"cell ran, one after the other, in one process, on {timing.device}. The ratio is the median over rounds, "
+            f"against {base} at the same length where it is there."
         )
     return notes
 

@@ -33,10 +33,11 @@ _ATTENTION = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a step, by cell and round, the rounds of all cells side by side."""
+    """Seconds of a step, by cell and round, the rounds of all cells side by side, and the device that took them."""
 
     cells: list[str]
     seconds: list[list[float]]
+    device: str
 
     def median(self, cell: str) -> float:
         """Return the median seconds of a step of a cell."""
@@ -76,7 +77,8 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
         input_ids, targets = (part.to(device) for part in windows.batch(0, settings.train.batch_sequences))
         config = settings.model_config(data)
         cases.append(functools.partial(step, config, input_ids, targets, settings.train.accumulate))
-    return Timing([cell.name for cell in cells], interleaved(cases, recipe.compare.rounds, device))
+    seconds = interleaved(cases, recipe.compare.rounds, device)
+    return Timing([cell.name for cell in cells], seconds, provenance(device)["device"])
 
 
 def save_timing(recipe: ComparisonRecipe, cells: Sequence[Cell], output: Path) -> int:
@@ -94,4 +96,4 @@ def load_timing(output: Path, cells: Sequence[Cell]) -> Timing | None:
     row = json.loads((output / TIMING).read_text())
     if set(row["cells"]) != {cell.name for cell in cells}:
         return None
-    return Timing(row["cells"], row["seconds"])
+    return Timing(row["cells"], row["seconds"], row["device"])
