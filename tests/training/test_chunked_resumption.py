@@ -114,14 +114,14 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
         step()
 
 
-def test_a_step_of_other_weights_begins_anew(tmp_path):
+def test_a_step_of_other_weights_is_not_continued_and_deleted_only_once_it_counts(tmp_path):
     model = longnet_model()
     ids, targets = tokens_of(1, 101)
 
-    def step():
+    def step(chunk_tokens=10, number=0):
         return ChunkedStep(
-            model, reader_of(ids, targets), sequences=1, tokens=101,
-            chunk_tokens=10, items=101, folder=tmp_path / "step",
+            model, reader_of(ids, targets), sequences=1, tokens=101, chunk_tokens=chunk_tokens, items=101,
+            folder=tmp_path / "step", about={"step": number}, is_over=lambda about: about["step"] < number,
         )  # fmt: skip
 
     with step() as first:
@@ -130,11 +130,17 @@ def test_a_step_of_other_weights_begins_anew(tmp_path):
     with step() as same:
         assert same.done == len(same.schedule)
         assert same.loss == first.loss
+    with pytest.raises(ValueError, match=r"step holds part of another step, of other chunk: go on with it as it was"):
+        step(chunk_tokens=20)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    with step() as other:
+    held = sorted((tmp_path / "step").iterdir())
+    with pytest.raises(ValueError, match=r"step holds part of another step, of other weights: go on with it"):
+        step()
+    assert sorted((tmp_path / "step").iterdir()) == held
+    with step(number=1) as other:
         assert other.done == 0
-    assert not list((tmp_path / "step").glob("step.*"))
+    assert not list((tmp_path / "step").iterdir())
 
 
 @pytest.mark.parametrize("at_step", [0, 2])

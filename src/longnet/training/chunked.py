@@ -138,12 +138,14 @@ class ChunkedStep:
         group: of ranks that each learn from other sequences of as many tokens, with weights that FSDP2 shares out: they
             save, and continue, from the same chunk. None for one process.
         about: what else the step depends on, of JSON's types: a save that says otherwise is not continued.
+        is_over: says of a save's `about` that its step counts already: it is deleted. Any other step is refused.
 
     Attributes:
         loss: so far; of the whole once the iteration has ended.
 
     Raises:
-        ValueError: a model or arguments that do not do, or a log that does not fit on the disk.
+        ValueError: a model or arguments that do not do, a folder that holds another step, or a log that does not fit on
+            the disk.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class ChunkedStep:
         folder: Path | None = None,
         group: dist.ProcessGroup | None = None,
         about: dict[str, Any] | None = None,
+        is_over: Callable[[dict[str, Any]], bool] = lambda _: False,
     ) -> None:
         if min(sequences, tokens, chunk_tokens, items) < 1 or sequences % parts:
             raise ValueError(
@@ -205,7 +208,7 @@ class ChunkedStep:
                        "items": items, "seed": seed, "ranks": len(schedules)}  # fmt: skip
         if folder is not None:
             self._about["weights"] = _digest(self.inner)
-            self._resume()
+            self._resume(is_over)
         self._refuse_full_disk(config, tokens, chunk_tokens)
 
     def __enter__(self) -> ChunkedStep:
@@ -298,16 +301,24 @@ class ChunkedStep:
             raise OSError(f"cannot write {path}: {error}; make room and resume") from error
         _sync_folder(self.folder)
 
-    def _resume(self) -> None:
-        saved = {}
+    def _resume(self, is_over: Callable[[dict[str, Any]], bool]) -> None:
+        saved, other = {}, None
+        own = json.loads(json.dumps(self._about))
         for path in self.folder.glob("step-*.safetensors"):
             with safe_open(path, "pt", device="cpu") as file:
                 metadata = file.metadata()
-            if json.loads(metadata["about"]) == json.loads(json.dumps(self._about)):
+            about = json.loads(metadata["about"])
+            if about == own:
                 saved[int(metadata["done"])] = path
+            elif not is_over(about):
+                differences = sorted(key for key in about.keys() | own.keys() if about.get(key) != own.get(key))
+                other = f"{self.folder} holds part of another step, of other {', '.join(differences)}"
+        told = self._told_by_all((other, [0, *saved]))
+        if refused := next((other for other, _ in told if other is not None), None):
+            raise ValueError(f"{refused}: go on with it as it was begun, or delete the folder")
         # A rank that was killed while it saved has one save less than the others, or one more.
-        self.done = max(set.intersection(*(set(told) for told in self._told_by_all([0, *saved]))))
-        if not self.done:  # of another step, or of other weights
+        self.done = max(set.intersection(*(set(done) for _, done in told)))
+        if not self.done:
             for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step-*")):
                 left.unlink()
             return

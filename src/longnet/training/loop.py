@@ -227,7 +227,7 @@ class _Run:
         else:
             found = learn_in_chunks(
                 self.trained, self.windows, train, state.step, ranks=ranks, autocast=self.autocast,
-                folder=self.output / "step", about={"step": state.step, "data": self.data.fingerprint},
+                folder=self.output / "step", about={"data": self.data.fingerprint},
                 screen=self.screen, stop=self.stop,
             )  # fmt: skip
             if isinstance(found, signal.Signals):
