@@ -7,6 +7,7 @@ Each system is a dense additive mask, the logarithm of how often a query counts 
 those of systems that the operator has are checked against it. A row a system and file, as in smollm2.py.
 """
 
+import argparse
 import functools
 import json
 import sys
@@ -108,7 +109,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **_):  # typ
         for start in range(0, tokens, ROWS):
             rows, seen = slice(start, start + ROWS), slice(start + ROWS)
             mask = bias(module.config.masks, (head + KV_HEADS * module.layer_idx) % RATE, start)
-            mask = mask[: tokens - start, :tokens].to(query.dtype)
+            mask = mask[: tokens - start, :tokens].to(query)
             out[:, own, rows] = functional.scaled_dot_product_attention(
                 query[:, own, rows], key[:, head : head + 1, seen].expand(-1, group, -1, -1),
                 value[:, head : head + 1, seen].expand(-1, group, -1, -1), attn_mask=mask, scale=scaling,
@@ -118,6 +119,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **_):  # typ
 
 def losses_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     """Return the loss of each token (TOKENS,)."""
+    ids = ids.to(model.device)
     return Scorer(model)(ids[:, :-1], ids[:, 1:])[0]
 
 
@@ -144,7 +146,9 @@ def check(work: Path, ids: Tensor) -> None:
 @torch.inference_mode()
 def main() -> None:
     """Measure what is missing."""
-    work = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder that smollm2.py fills")
+    work = parser.parse_args().work
     file = work / "masks.jsonl"
     AttentionInterface.register("masks", attend)
     AttentionMaskInterface.register("masks", lambda *_, **__: None)

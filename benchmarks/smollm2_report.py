@@ -3,6 +3,7 @@
 python benchmarks/smollm2_report.py runs/smollm2
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -171,6 +172,8 @@ def page(steps: dict[str, list[Row]], rows: dict[str, list[Row]]) -> str:
 
 def report(work: Path) -> None:
     """Write the rows, the steps of healing and the page."""
+    if not (work / "base").is_dir():
+        sys.exit(f"{work} is no folder that smollm2.py filled: give that folder")
     RESULTS.mkdir(parents=True, exist_ok=True)
     files = {name: work / f"heal-{name}.pt" for name in PATTERNS}
     steps = {
@@ -186,4 +189,6 @@ def report(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    report(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder that smollm2.py filled")
+    report(parser.parse_args().work)

@@ -156,3 +156,14 @@ def test_masks_of_systems_that_the_operator_has_are_the_operators(scripts, syste
     counted = pattern.flops(tokens=masks.TOKENS, num_heads=6, head_dim=8, is_causal=True, num_kv_heads=3)
     dense = DilationPattern((masks.TOKENS,), (1,)).flops(tokens=masks.TOKENS, num_heads=6, head_dim=8, is_causal=True)
     assert masks.share_of_dense(system) == pytest.approx(counted / dense, rel=2e-3)  # of a layer, and of all of them
+
+
+def test_a_table_of_counts_knows_what_was_counted(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    markov = importlib.import_module("markov")
+    train = np.array([0, 1, 0, 1, 0, 2])
+    # After 0 came 1, 1, 2: with one added each of the three 3, 2 and 1 of 6; after 1 came 0 twice: 3 of 5.
+    expected = -np.log([3 / 6, 3 / 5, 2 / 6]).mean()
+    assert markov.loss(train, np.array([0, 1, 0, 2]), 1, 3) == pytest.approx(expected)
+    # After 0, 1 came 0 twice; after 1, 0 came 1 and 2.
+    assert markov.loss(train, np.array([0, 1, 0, 2]), 2, 3) == pytest.approx(-np.log([3 / 5, 2 / 5]).mean())
