@@ -1,6 +1,7 @@
 """The loop: what a step computes, what it refuses to learn, and what a run folder holds afterwards."""
 
 import os
+import shutil
 import signal
 import threading
 from functools import partial
@@ -264,6 +265,17 @@ def test_a_finished_run_stays_as_it_is(whole):
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "lock", "metrics.jsonl", "recipe.toml"]
     with pytest.raises(ValueError, match="holds the checkpoints of a run: continue it with --resume, or choose"):
         train(recipe, run, progress=False)
+
+
+def test_what_a_kill_after_the_last_checkpoint_leaves_goes_when_the_run_is_resumed(make_recipe, tmp_path):
+    recipe = make_recipe(train={"steps": 3}, checkpoint={"every": 1, "keep": 2})
+    train(recipe, tmp_path / "RUN", progress=False)
+    whole = checkpoints(tmp_path / "RUN")
+    assert whole == ["step-00000002", "step-00000003"]
+    shutil.copytree(tmp_path / "RUN/checkpoints/step-00000002", tmp_path / "RUN/checkpoints/step-00000001")
+    (tmp_path / "RUN/checkpoints/step-00000000.superseded").mkdir()
+    train(recipe, tmp_path / "RUN", resume=True, progress=False)
+    assert checkpoints(tmp_path / "RUN") == whole
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,29 @@ def save_checkpoint(
         rest = on_first(lambda: _give_up(partial, run))
         reason = "the disk is full" if _is_disk_full(error) else str(error)
         raise OSError(f"cannot write the checkpoint of step {step} into {folder}: {reason}; {rest}") from error
-    on_first(lambda: _delete_superseded(folder, step, keep))
+    on_first(lambda: delete_superseded(run, step, keep))
     return final
+
+
+def delete_superseded(run: Path, step: int, keep: int) -> None:
+    """Delete checkpoints that the newest supersede, and what a kill has left of such.
+
+    Args:
+        run: the run's folder.
+        step: of the newest. Checkpoints of later steps are damaged ones, which the run has skipped: they go when their
+            step is reached again.
+        keep: of those up to it that stay, 0 for all.
+    """
+    folder = run / _FOLDER
+    # A folder is renamed before its files go, so that a half-deleted one is not taken for a checkpoint.
+    earlier = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= step]
+    for checkpoint in earlier[:-keep] if keep else []:
+        doomed = checkpoint.with_name(checkpoint.name + _DOOMED)
+        _remove(doomed)
+        checkpoint.rename(doomed)
+    for path in folder.iterdir():
+        if path.name.endswith((_DOOMED, _PARTIAL)):
+            _remove(path)
 
 
 class Saving:
@@ -290,19 +311,6 @@ def _seal(folder: Path) -> None:
     manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
     _sync(manifest)
     _sync(folder)
-
-
-def _delete_superseded(folder: Path, step: int, keep: int) -> None:
-    # A folder is renamed before its files go, so that a half-deleted one is not taken for a checkpoint. Checkpoints of
-    # later steps are damaged ones, which this run has skipped: they go when their step is reached again.
-    earlier = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= step]
-    for checkpoint in earlier[:-keep] if keep else []:
-        doomed = checkpoint.with_name(checkpoint.name + _DOOMED)
-        _remove(doomed)
-        checkpoint.rename(doomed)
-    for path in folder.iterdir():
-        if path.name.endswith((_DOOMED, _PARTIAL)):
-            _remove(path)
 
 
 def _remove(folder: Path) -> None:

@@ -34,7 +34,7 @@ from longnet.model.cost import training_flops
 from longnet.model.patterns import heads_of
 from longnet.model.versions import checkpoint_layers
 from longnet.training.beginning import starting_point, write_recipe
-from longnet.training.checkpoint import Saving, lock_run, save_checkpoint
+from longnet.training.checkpoint import Saving, delete_superseded, lock_run, save_checkpoint
 from longnet.training.config import Recipe, Tables
 from longnet.training.gradients import accumulate_gradients, learn_in_chunks
 from longnet.training.metrics import Metrics, Screen, describe, peak_flops
@@ -210,7 +210,8 @@ class _Run:
                 break
             self._report()
         self.checkpoint = self.saving.wait() or self.checkpoint
-        if train.chunk_tokens and state.step == train.steps:
+        if state.step == train.steps:  # no later checkpoint deletes what a kill after the last one has left
+            self.ranks.on_first(lambda: delete_superseded(self.output, state.step, self.recipe.checkpoint.keep))
             self.ranks.on_first(lambda: shutil.rmtree(self.output / "step", ignore_errors=True))
 
     def _step(self) -> tuple[float, float] | signal.Signals:
