@@ -138,7 +138,7 @@ class ChunkedStep:
         group: of ranks that each learn from other sequences of as many tokens, with weights that FSDP2 shares out: they
             save, and continue, from the same chunk. None for one process.
         about: what else the step depends on, of JSON's types: a save that says otherwise is not continued.
-        is_over: says of a save's `about` that its step counts already: it is deleted. Any other step is refused.
+        is_over: says of a save's `about` that its step will not be continued: it is deleted. Any other is refused.
 
     Attributes:
         loss: so far; of the whole once the iteration has ended.

@@ -92,7 +92,7 @@ def learn_in_chunks(
         model, read, sequences=config.batch_sequences // ranks.config.dp, tokens=config.tokens,
         chunk_tokens=config.chunk_tokens, items=config.batch_sequences * config.tokens, parts=config.accumulate,
         autocast=autocast, seed=(config.seed, step, ranks.rank), folder=folder / f"rank-{ranks.rank}",
-        group=ranks.group, about={**about, "step": step}, is_over=lambda other: other["step"] < step,
+        group=ranks.group, about={**about, "step": step}, is_over=lambda other: other["step"] != step,
     ) as learning:  # fmt: skip
         started = saved = time.perf_counter()
         before: ChunkProgress | None = None
