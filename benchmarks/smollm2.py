@@ -230,7 +230,6 @@ def measure_decoding(work: Path) -> None:
     file = work / "decode.jsonl"
     if len(rows_of(file)) == len(PATTERNS):
         return
-    file.unlink(missing_ok=True)  # of another round
     (_, window), *_ = json.loads((work / "held.json").read_text()).items()
     ids, steps = torch.tensor(window[:LONGEST], device=DEVICE)[None], DECODED * (ROUNDS + 1)
     readers = [_Reader(load(work, system, torch.float32), system != "dense") for system in PATTERNS]
@@ -242,6 +241,7 @@ def measure_decoding(work: Path) -> None:
         sys.exit(
             f"logits after {LONGEST} tokens differ by {off} with a cache and without: no figure of them is written"
         )
+    file.unlink(missing_ok=True)  # rows of fewer systems, or of a round that was cut off
     for number, (system, reader) in enumerate(zip(PATTERNS, readers, strict=True)):
         add_row(file, {"system": system, "tokens": LONGEST, "dtype": "float32", "difference": off[number],
                        "cache_bytes": reader.cache_bytes, "tokens_per_second": DECODED / median(times[number]),
