@@ -52,8 +52,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from longnet.cli.model import load_model, load_tokenizer, refuse_other_vocabulary
+    from longnet.cli.model import load_model, load_tokenizer
     from longnet.data.shards import TokenData
+    from longnet.data.tokenizer import refuse_other_vocabulary
     from longnet.evaluation.passkey import doubling_distances, iterate_passkey, make_prompts
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation

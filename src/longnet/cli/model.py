@@ -92,28 +92,6 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no tokenizer: {first_line(error)}") from error
 
 
-def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, data_vocab_size: int) -> None:
-    """Raise ValueError unless the data's tokens are the model's.
-
-    Where the model's folder has a tokenizer, the two must give the tokens the same ids; else their number must fit.
-    """
-    remedy = f"prepare the data with the model's tokenizer: longnet prepare … --tokenizer {folder}"
-    if data_vocab_size > vocab_size:
-        raise ValueError(
-            f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}: {remedy}"
-        )
-    if not (folder / "tokenizer.json").is_file():
-        if data_vocab_size < 0.9 * vocab_size:
-            raise ValueError(
-                f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}, and "
-                f"{folder} holds no tokenizer that would show that they belong together: {remedy}"
-            )
-        return
-    ours, theirs = load_tokenizer(folder).get_vocab(), load_tokenizer(data_folder / "tokenizer").get_vocab()
-    if ours != theirs:
-        raise ValueError(f"the tokenizers of {data_folder} and {folder} differ: {remedy}")
-
-
 def training_length(folder: Path) -> int | None:
     """Return the tokens of a training sequence of a checkpoint of `longnet train`, None for another model."""
     from longnet.training.state import read_record

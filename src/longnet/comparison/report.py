@@ -31,7 +31,7 @@ def write_report(outcome: Outcome, output: Path) -> Path:
     document = Document("The same model with several attentions, by training length and context")
     results = sorted(outcome.results, key=lambda result: (order_of(result.attention), result.length))
     if results:
-        _describe(document, results, outcome.timing, output / "figures")
+        _describe(document, results, outcome.timing, output / "figures", outcome.tables["train"].get("init_from"))
     else:
         document.add(Text("No cell is finished."))
     if outcome.failures:
@@ -44,7 +44,9 @@ def write_report(outcome: Outcome, output: Path) -> Path:
     return output / "report.html"
 
 
-def _describe(document: Document, results: Sequence[CellResult], timing: Timing | None, figures: Path) -> None:
+def _describe(
+    document: Document, results: Sequence[CellResult], timing: Timing | None, figures: Path, init_from: str | None
+) -> None:
     first = results[0]
     contexts = [part.context for part in first.contexts]
     scores = [
@@ -55,7 +57,9 @@ def _describe(document: Document, results: Sequence[CellResult], timing: Timing 
         Headline(describe_headline(scores)),
         Text(
             f"Each cell trains the same model of {first.parameters['total']:,} parameters "
-            f"({first.parameters['embedding']:,} of them embeddings) on {first.tokens:,} tokens, "
+            f"({first.parameters['embedding']:,} of them embeddings), "
+            + (f"beginning with the weights of {init_from}, " if init_from is not None else "")
+            + f"on {first.tokens:,} tokens, "
             f"{first.steps:,} steps of {first.tokens // first.steps:,}, and is scored on the same "
             f"{first.contexts[0].tokens:,} validation tokens at every context length. “±” is one standard error, over "
             f"{len(first.contexts[0].by_unit)} windows of {contexts[-1]:,} tokens; differences are paired by window, "

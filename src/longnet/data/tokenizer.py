@@ -103,6 +103,27 @@ def check_vocabulary(size: int) -> None:
         raise ValueError(f"a vocabulary has at most {LARGEST_VOCABULARY:,} tokens, got {size}")
 
 
+def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, data_vocab_size: int) -> None:
+    """Raise ValueError unless the tokens of prepared data are those of a model's folder.
+
+    Where the folder has a tokenizer, the two must give the tokens the same ids; else their number must fit.
+    """
+    remedy = f"prepare the data with the model's tokenizer: longnet prepare … --tokenizer {folder}"
+    if data_vocab_size > vocab_size:
+        raise ValueError(
+            f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}: {remedy}"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        if data_vocab_size < 0.9 * vocab_size:
+            raise ValueError(
+                f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}, and "
+                f"{folder} holds no tokenizer that would show that they belong together: {remedy}"
+            )
+        return
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(data_folder / "tokenizer").get_vocab():
+        raise ValueError(f"the tokenizers of {data_folder} and {folder} differ: {remedy}")
+
+
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return 1 + the largest id; a vocabulary may have holes."""
     return 1 + max(tokenizer.get_vocab().values())

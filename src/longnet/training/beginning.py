@@ -1,16 +1,62 @@
-"""Where a run begins: from nothing, or from a checkpoint that the same recipe and data have left."""
+"""Where a run begins: from nothing, from another's weights, or from a checkpoint that the same recipe and data left."""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
 
+import torch
+
 from longnet.data.shards import TokenData
-from longnet.training.checkpoint import describe_damage, has_checkpoints, newest_whole
+from longnet.data.tokenizer import refuse_other_vocabulary
+from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model.weights import load_config, load_folder
+from longnet.training.checkpoint import describe_damage, has_checkpoints, model_folder, newest_whole
 from longnet.training.config import Tables, differences, to_toml
 from longnet.training.metrics import Screen
 from longnet.training.parallel import Ranks
 from longnet.training.state import FORMAT, changed_machine, read_record
+
+# In what a model may differ from one whose weights it takes: how far it attends, and what holds in training only.
+_MAY_DIFFER = {
+    "segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens", "rotate_offsets", "tail",
+    "sparse_block", "sparse_summary", "sparse_stride", "max_position_embeddings", "rope_theta", "xpos_scale_base",
+    "attention_dropout", "hidden_dropout", "drop_path", "initializer_range", "initializer_gain", "use_cache",
+}  # fmt: skip
+
+
+def initial_model(config: LongNetConfig, data: TokenData, init_from: Path | None) -> LongNetForCausalLM:
+    """Return the model that a run begins with, on the CPU: drawn at random, or with the weights of another.
+
+    Args:
+        config: of the recipe's model.
+        data: whose tokens must be those of the weights.
+        init_from: as in `TrainConfig`.
+
+    Raises:
+        ValueError: weights of another model or of other tokens, or damaged ones.
+        OSError: there is no model in `init_from`.
+    """
+    if init_from is None:
+        return LongNetForCausalLM(config)
+    if not init_from.is_dir():
+        raise FileNotFoundError(f"train.init_from: there is no folder {init_from}")
+    folder = model_folder(init_from)
+    there = load_config(folder)
+    if not isinstance(there, LongNetConfig):
+        raise ValueError(f"train.init_from takes a LongNet, and {folder} holds a model of type {there.model_type!r}")
+    refuse_other_vocabulary(folder, there.vocab_size, data.folder, data.vocab_size)
+    other = [
+        f"model.{name} = {getattr(there, name)!r} (here {getattr(config, name)!r})"
+        for name in LongNetConfig.__annotations__
+        if name not in _MAY_DIFFER and getattr(there, name) != getattr(config, name)
+    ]
+    if other:
+        raise ValueError(f"the weights in {folder} are of another model than the recipe's: it has {', '.join(other)}")
+    model: LongNetForCausalLM = load_folder(
+        LongNetForCausalLM, folder, config=config, attn_implementation=config._attn_implementation, dtype=torch.float32
+    )
+    return model
 
 
 def starting_point(output: Path, data: TokenData, tables: Tables, ranks: Ranks, *, resume: bool) -> Path | None:

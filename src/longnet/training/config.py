@@ -58,6 +58,10 @@ class TrainConfig:
     """Learn from each sequence in chunks of so many tokens, exactly, in the memory of one: for sequences that do not
     fit. Slower by a pass without a graph; keeps a log on disk, and a checkpoint of every step. None learns at once."""
 
+    init_from: Path | None = None
+    """Folder of a run, a checkpoint or a LongNet whose weights training begins with, to go on with longer sequences or
+    another pattern, say; its model must be the recipe's, but for what a length asks for. None begins at random."""
+
     seed: int = 0
     """Of the initial weights, of the order of the data and of dropout."""
 

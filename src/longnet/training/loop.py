@@ -33,7 +33,7 @@ from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import training_flops
 from longnet.model.patterns import heads_of
 from longnet.model.versions import checkpoint_layers
-from longnet.training.beginning import starting_point, write_recipe
+from longnet.training.beginning import initial_model, starting_point, write_recipe
 from longnet.training.checkpoint import Saving, delete_superseded, lock_run, save_checkpoint
 from longnet.training.config import Recipe, Tables
 from longnet.training.gradients import accumulate_gradients, learn_in_chunks
@@ -102,7 +102,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         checkpoint = ranks.on_first(lambda: starting_point(output, data, tables, ranks, resume=resume))
         random.seed(recipe.train.seed)
         torch.manual_seed(recipe.train.seed)
-        model = LongNetForCausalLM(recipe.model_config(data)).train()  # made on the CPU: the same weights everywhere
+        # Made on the CPU: the same weights everywhere. A checkpoint's are put in their place.
+        source = recipe.train.init_from if checkpoint is None else None
+        model = initial_model(recipe.model_config(data), data, source).train()
         if checkpoint is not None:
             restore_weights(checkpoint, model)
         if recipe.train.checkpoint_activations:
@@ -356,6 +358,8 @@ class _Run:
             self.screen.say(
                 f"optim.warmup_steps = {warmup:,} is longer than the run: all {train.steps:,} steps warm up"
             )
+        if train.init_from is not None and not state.step:
+            self.screen.say(f"begins with the weights of {train.init_from}")
         if state.step:
             what = "is finished" if state.step >= train.steps else "continues"
             self.screen.say(f"{self.output} {what} at step {state.step:,}")
