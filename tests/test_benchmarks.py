@@ -161,9 +161,33 @@ def test_masks_of_systems_that_the_operator_has_are_the_operators(scripts, syste
 def test_a_table_of_counts_knows_what_was_counted(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     markov = importlib.import_module("markov")
-    train = np.array([0, 1, 0, 1, 0, 2])
-    # After 0 came 1, 1, 2: with one added each of the three 3, 2 and 1 of 6; after 1 came 0 twice: 3 of 5.
-    expected = -np.log([3 / 6, 3 / 5, 2 / 6]).mean()
-    assert markov.loss(train, np.array([0, 1, 0, 2]), 1, 3) == pytest.approx(expected)
-    # After 0, 1 came 0 twice; after 1, 0 came 1 and 2.
-    assert markov.loss(train, np.array([0, 1, 0, 2]), 2, 3) == pytest.approx(-np.log([3 / 5, 2 / 5]).mean())
+    tokens = np.array([0, 1, 0, 1, 0, 2, 0, 1, 0, 2])  # the last four are scored
+    # After 2 nothing has been seen; after 0 came 1, 1, 2: with one added each of the three 3, 2 and 1 of 6; after 1
+    # came 0 twice: 3 of 5.
+    assert markov.losses(tokens, 6, 1, 3) == pytest.approx(-np.log([1 / 3, 3 / 6, 3 / 5, 2 / 6]))
+    # After 0, 2 and 2, 0 nothing; after 0, 1 came 0 twice; after 1, 0 came 1 and 2.
+    assert markov.losses(tokens, 6, 2, 3) == pytest.approx(-np.log([1 / 3, 1 / 3, 3 / 5, 2 / 5]))
+
+
+def test_a_copier_knows_what_followed_the_last_time(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    markov = importlib.import_module("markov")
+    random = np.random.default_rng(0)
+    tokens, known, length, symbols = random.integers(0, 3, size=400), 250, 3, 3
+    tokens[300:330] = tokens[100:130]
+    chain = random.random(150)
+    rows = list(markov.copies(tokens, known, length, symbols, [0, 20, 400], chain))
+    for row in rows:
+        seen = {False: [], True: []}
+        gains = []
+        for at in range(length, 400):
+            before = [x for x in range(length, at) if (tokens[x - length : x] == tokens[at - length : at]).all()]
+            if before and row["further_than"] < at - before[-1] <= row["up_to"]:
+                seen[at >= known].append(tokens[at] == tokens[before[-1]])
+                gains += [at] if at >= known else []
+        chance = (sum(seen[False]) + 1) / (len(seen[False]) + symbols)
+        copied = [-np.log(chance if right else (1 - chance) / 2) for right in seen[True]]
+        assert row["share"] == pytest.approx(len(gains) / 150)
+        assert row["right"] == pytest.approx(np.mean(seen[True]))
+        assert row["gain"] == pytest.approx((chain[np.array(gains) - known] - copied).sum() / 150)
+    assert sum(row["share"] for row in rows) > 0.9

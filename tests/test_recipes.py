@@ -1,5 +1,6 @@
 """Every recipe of the repository is one, and says how its data are made."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def test_a_recipe_is_read_whole(name, monkeypatch, capsys, tmp_path):
         main()
     assert not stop.value.code
     printed = capsys.readouterr().out
-    assert "dilated" in printed
+    attention = load_recipe(Path(name), kind=ComparisonRecipe).model.attention
+    assert re.search(rf"^attention +{attention}\b", printed, re.MULTILINE)
     assert "a token in training" in printed
     assert "longnet prepare" in find_recipe(Path(name)).read_text()
 
