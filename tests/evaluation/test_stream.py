@@ -64,11 +64,10 @@ def expected_bins(model, ids):
 def test_losses_are_those_of_one_pass(chunk, folder, tmp_path, device):
     model = small().to(device)
     ids = torch.tensor(whole(folder), device=device)
-    if chunk == 1:
-        ids = ids[:150]
-    *_, sums = reading.stream(model, source_of(folder), tmp_path, chunk=chunk, tokens=len(ids))
-    bins, mean = expected_bins(model, ids)
-    assert sums.tokens == len(ids)
+    tokens = 150 if chunk == 1 else len(ids)
+    *_, sums = reading.stream(model, source_of(folder), tmp_path, chunk=chunk, tokens=tokens)
+    bins, mean = expected_bins(model, ids[: tokens + 1])  # each token that is fed predicts the next one
+    assert sums.tokens == tokens
     assert sums.loss == pytest.approx(mean, abs=1e-5)
     got = [(row["from"], row["to"], row["loss"]) for row in sums.by_position()]
     assert [row[:2] for row in got] == [row[:2] for row in bins]
@@ -100,6 +99,19 @@ def test_an_interrupted_stream_goes_on_to_the_same_sums(stop, folder, tmp_path, 
     assert resumed.bins == expected.bins  # bitwise
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["cache-2910.safetensors", "state.json"]
     assert list(reading.stream(model, source, tmp_path / "two", chunk=200, resume=True)) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 400, 777])
+def test_a_stream_goes_on_beyond_the_tokens_it_was_to_read(tokens, folder, tmp_path):
+    model, source, ids = small(), source_of(folder), torch.tensor(whole(folder))
+    *_, part = reading.stream(model, source, tmp_path, chunk=200, tokens=tokens)
+    assert (part.tokens, sum(count for count, *_ in part.bins)) == (tokens, tokens)
+    *_, sums = reading.stream(model, source, tmp_path, chunk=200, resume=True)
+    bins, mean = expected_bins(model, ids)
+    assert sums.loss == pytest.approx(mean, abs=1e-5)
+    got = [(row["from"], row["to"], row["loss"]) for row in sums.by_position()]
+    assert [row[:2] for row in got] == [row[:2] for row in bins]  # no prediction is lost between
+    assert [row[2] for row in got] == pytest.approx([row[2] for row in bins], abs=1e-5)
 
 
 def test_a_state_of_something_else_is_refused(folder, tmp_path):
@@ -197,7 +209,7 @@ def test_which_way_files_become_tokens(folder, tmp_path):
 def test_other_models_are_streamed_too(folder, tmp_path):
     model = build("Llama", vocab_size=256)
     use_dilated_attention(model, DilationPattern((16, 64), (1, 4)))
-    ids = torch.tensor([token for token in whole(folder) if token < 256])[:200]
+    ids = torch.tensor([token for token in whole(folder) if token < 256])[:201]
     source = reading.open_source([folder], "bytes", Path(), 256)
     *_, sums = reading.stream(model, source, tmp_path, chunk=33, tokens=200)
     assert sums.loss == pytest.approx(expected_bins(model, ids)[1], abs=1e-5)
@@ -219,7 +231,7 @@ def test_the_command(monkeypatch, folder, tmp_path, capsys):
     about = json.loads((out / "stream.json").read_text())
     assert about["tokens"] == 2000
     assert about["is_bytes"]
-    assert about["by_position"][-1]["to"] == 1999
+    assert about["by_position"][-1]["to"] == 2000
     assert about["peak_bytes"] > 2**20
     assert (out / "stream.svg").stat().st_size > 5000
     assert run(monkeypatch, tmp_path / "model", folder, "--chunk", 500, "-o", out, "--resume") == 0

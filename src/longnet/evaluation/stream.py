@@ -153,7 +153,7 @@ def stream(
         source: of the tokens.
         output: folder of the saved state.
         chunk: tokens of one forward pass; memory grows with it, and with nothing else.
-        tokens: read so many; all when None.
+        tokens: feed so many; all when None.
         save_every: tokens between two saves, and one is made at the end.
         resume: go on from the state in `output`, if there is one.
 
@@ -176,10 +176,10 @@ def stream(
     while not is_last and (limit is None or sums.tokens < limit):
         began, cpu_began = time.perf_counter(), time.process_time()
         held = 0 if pending is None else 1
-        wanted = chunk + 1 - held if limit is None else min(chunk + 1, limit - sums.tokens) - held
-        new, cursor = source.read(cursor, wanted)
+        wanted = chunk if limit is None else min(chunk, limit - sums.tokens)
+        new, cursor = source.read(cursor, wanted + 1 - held)  # one more, which the last one predicts
         ids = new if pending is None else np.concatenate([[pending], new])
-        is_last = len(ids) <= chunk
+        is_last = len(ids) <= wanted
         if not len(ids):
             break
         refuse_more_positions(model, sums.tokens + len(ids))
