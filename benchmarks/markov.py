@@ -3,7 +3,7 @@
 The first tokens of the validation split are scored behind the training split's, in nats a token: by a Markov chain of
 each order, of the training split's counts with one added; and by a copier, which, where the last tokens have stood
 before, expects what followed there the last time, as often as that held in the training split for repeats as far away.
-What it gains on the chain of order 5 is what repeats at such a distance hold, for whoever finds them all.
+What it gains on the chain of order 5 is what one who copies so, and finds every repeat, has of such a distance.
 """
 
 import argparse
@@ -43,7 +43,16 @@ def losses(tokens: Tokens, known: int, order: int, symbols: int) -> Losses:
 def copies(
     tokens: Tokens, known: int, length: int, symbols: int, edges: list[int], chain: Losses
 ) -> Iterator[dict[str, Any]]:
-    """Yield what repeats of `length` tokens tell, by their distance from one edge to the next."""
+    """Yield what repeats of `length` tokens tell, by their distance from one edge to the next.
+
+    Args:
+        tokens: (n,) numbers below `symbols`.
+        known: so many come before those that are scored.
+        length: tokens of a repeat.
+        symbols: different ones.
+        edges: of distances: further than one, up to the next.
+        chain: (n − known,) nats of each token that is scored, where nothing is copied.
+    """
     last = contexts(tokens, length, symbols)
     order = np.argsort(last, kind="stable")
     is_repeat = last[order[1:]] == last[order[:-1]]
@@ -77,13 +86,15 @@ def main() -> None:
     scored = data.validation.read(0, min(data.validation.tokens, asked.tokens))
     found, numbers = np.unique(np.concatenate([train, scored]), return_inverse=True)
     tokens, symbols, known = numbers.astype(np.int64), len(found), len(train)
-    too_long = [length for length in (*asked.orders, *asked.copies) if symbols**length >= 2**63]
+    too_long = [
+        length for length in (*(order + 1 for order in asked.orders), *asked.copies) if symbols**length >= 2**63
+    ]
     if too_long:
         parser.error(f"{too_long[0]} of {symbols} different tokens are more than 2^63: take fewer")
     head = {"data": data.fingerprint[:12], "tokens": len(scored), "symbols": symbols}
     for order in asked.orders:
         print(json.dumps({**head, "order": order, "loss": float(losses(tokens, known, order, symbols).mean())}))
-    chain = losses(tokens, known, FALLBACK, symbols)
+    chain = losses(tokens, known, FALLBACK, symbols) if asked.copies else np.zeros(len(scored))
     for length in asked.copies:
         for row in copies(tokens, known, length, symbols, list(asked.edges), chain):
             print(json.dumps({**head, **row}))

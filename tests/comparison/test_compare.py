@@ -20,10 +20,12 @@ from longnet.comparison.compare import cell_folder, run_comparison
 from longnet.comparison.config import Cell, ComparisonRecipe
 from longnet.comparison.process import Stop
 from longnet.comparison.report import write_report
+from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import evaluate_contexts, paired_difference
 from longnet.evaluation.record import with_error
 from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.training.checkpoint import model_folder
 from longnet.training.loop import train
 
 STEPS = 24
@@ -159,6 +161,33 @@ def test_the_report_needs_nothing_else(outcome, killed):
     for name in names:  # the same curves
         (longest,) = {max(re.findall(r' d="([^"]+)"', (killed / name).read_text()), key=len)}
         assert longest in page
+
+
+def test_every_cell_begins_with_the_weights_of_one_checkpoint(outcome, killed, recipe_file, data_folder, tmp_path):
+    source = cell_folder(killed, Cell("sdpa", 64)) / "run"
+    recipe = load(
+        recipe_file, "--train.init-from", str(source), "--train.steps", "2", "--train.log-every", "1",
+        "--compare.cells", "dilated-64", "--compare.rounds", "0",
+    )  # fmt: skip
+    wrong = load(recipe_file, "--train.init-from", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from: there is no folder"):
+        run_comparison(wrong, tmp_path / "out", progress=False)
+    other = load(recipe_file, "--train.init-from", str(source), "--model.hidden-size", "32")
+    with pytest.raises(ValueError, match=r"are of another model than the recipe's: it has model\.hidden_size = 16"):
+        run_comparison(other, tmp_path / "out", progress=False)
+    begun = run_comparison(recipe, tmp_path / "out", progress=False)  # what was wrong has left nothing behind
+    assert not begun.failures
+    data = TokenData.open(data_folder)
+    ids, targets = Windows(data.train, 64, seed=0).batch(0, 4)
+    config = recipe.for_cell(begun.results[0].cell, data).model_config(data)
+    model = LongNetForCausalLM.from_pretrained(model_folder(source), config=config)
+    with torch.no_grad():
+        assert begun.results[0].losses[0][1] == pytest.approx(model(ids, shift_labels=targets).loss.item(), rel=1e-5)
+    assert begun.tables["train"]["init_from"] == str(model_folder(source))
+    assert run_comparison(recipe, tmp_path / "out", progress=False) == begun
+    report = write_report(begun, tmp_path / "out").with_suffix(".md").read_text()
+    assert f"beginning with the weights of {model_folder(source)}, on 512 tokens" in report
+    assert f"beside those that the weights of {model_folder(source)} had seen; the paper's" in report
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(recipe_file, tmp_path):

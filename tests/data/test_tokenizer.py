@@ -156,6 +156,7 @@ def test_a_vocabulary_without_an_end_gets_one(tmp_path):
         ("broken.json", "broken.json is not a tokenizer.json"),
         ("empty", "empty holds no Hugging Face tokenizer"),
         ("damaged", r"damaged/tokenizer\.json is not a tokenizer\.json"),
+        ("odd", "odd holds no Hugging Face tokenizer"),
     ],
 )
 def test_what_is_no_tokenizer(tmp_path, monkeypatch, spec, message):
@@ -164,6 +165,8 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch, spec, message):
     Path("empty").mkdir()
     load_byte_tokenizer().save_pretrained("damaged")
     Path("damaged/tokenizer.json").write_text("{")
+    load_byte_tokenizer().save_pretrained("odd")
+    Path("odd/tokenizer_config.json").write_text("[]")
     with pytest.raises((ValueError, OSError), match=message) as raised:
         load_tokenizer(spec)
     assert "\n" not in str(raised.value)

@@ -114,6 +114,14 @@ def test_a_stream_goes_on_beyond_the_tokens_it_was_to_read(tokens, folder, tmp_p
     assert [row[2] for row in got] == pytest.approx([row[2] for row in bins], abs=1e-5)
 
 
+def test_a_stream_may_be_as_long_as_the_positions_that_a_model_knows(folder, tmp_path):
+    model = small(position_embedding="learned", max_position_embeddings=64)
+    *_, sums = reading.stream(model, source_of(folder), tmp_path / "all", tokens=64)
+    assert sums.tokens == 64
+    with pytest.raises(ValueError, match="64 positions"):
+        list(reading.stream(model, source_of(folder), tmp_path / "more", tokens=65))
+
+
 def test_a_state_of_something_else_is_refused(folder, tmp_path):
     model, source = small(), source_of(folder)
     list(reading.stream(model, source, tmp_path, chunk=1000, tokens=2000))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longnet import LongNetForCausalLM
+from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.training.beginning import initial_model, pin_init
 from longnet.training.checkpoint import model_folder
 from longnet.training.loop import train
 from training.runs import lines, tensors
@@ -55,14 +56,47 @@ def test_a_checkpoint_counts_more_than_where_the_run_began(make_recipe, short, t
     source = tmp_path / "SOURCE"
     shutil.copytree(short, source)
     recipe = longer(make_recipe, source)
+    meant = model_folder(source)
     train(recipe, tmp_path / "whole", progress=False)
     train(recipe, tmp_path / "RUN", progress=False)
+    assert f'init_from = "{meant}"' in (tmp_path / "RUN" / "recipe.toml").read_text()
     shutil.rmtree(tmp_path / "RUN" / "checkpoints" / "step-00000002")
     shutil.rmtree(source)  # what it was begun with is not asked for any more
-    train(recipe, tmp_path / "RUN", resume=True, progress=False)
-    assert tensors(model_folder(tmp_path / "RUN")) == tensors(model_folder(tmp_path / "whole"))
+    respelt = longer(make_recipe, tmp_path / "whole" / ".." / "SOURCE")
+    train(respelt, tmp_path / "RUN", resume=True, progress=False)
+    whole, resumed = model_folder(tmp_path / "whole"), model_folder(tmp_path / "RUN")
+    assert tensors(resumed) == tensors(whole)
+    assert (resumed / "generation_config.json").read_text() == (whole / "generation_config.json").read_text()
     with pytest.raises(ValueError, match=r"cannot be resumed with another recipe: train\.init_from"):
         train(longer(make_recipe, short), tmp_path / "RUN", resume=True, progress=False)
+
+
+def test_the_checkpoint_that_a_run_began_with_stays_the_one(make_recipe, data, short, tmp_path):
+    source = tmp_path / "SOURCE"
+    shutil.copytree(short, source)
+    first = model_folder(source)
+    begun = pin_init(longer(make_recipe, source), None)
+    assert begun.train.init_from == first
+    train(make_recipe(model=NO_DROPOUT, train={"steps": 3}), source / "later", progress=False)
+    shutil.copytree(model_folder(source / "later"), source / "checkpoints" / "step-00000999")
+    assert pin_init(longer(make_recipe, source), None).train.init_from != first
+    tables = begun.resolve(TokenData.open(data))
+    assert pin_init(longer(make_recipe, source), tables).train.init_from == first
+
+
+def test_any_longnet_will_do_and_brings_its_weights_alone(make_recipe, data, short, tmp_path):
+    config = longer(make_recipe, None).model_config(TokenData.open(data))
+    model = LongNetForCausalLM(LongNetConfig(**{**config.to_dict(), "eos_token_id": None, "segment_lengths": (16,)}
+                                             | {"dilation_rates": (1,)}))  # fmt: skip
+    model.generation_config.update(do_sample=True, max_new_tokens=3)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "plain", max_shard_size="2KB")
+    assert len([*(tmp_path / "plain").glob("*.safetensors")]) > 1
+    begun = initial_model(config, TokenData.open(data), tmp_path / "plain")
+    for name, weight in begun.named_parameters():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, model.get_parameter(name).float()), name
+    assert begun.config.segment_lengths == (8, 64)
+    assert begun.generation_config.to_dict() == LongNetForCausalLM(config).generation_config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +106,10 @@ def test_a_checkpoint_counts_more_than_where_the_run_began(make_recipe, short, t
         ({"position_embedding": "rope"}, r"position_embedding = 'xpos' \(here 'rope'\)"),
         ({"vocab_size": 320}, r"vocab_size = 257 \(here 320\)"),
         ({"hidden_size": 32}, r"hidden_size = 16 \(here 32\)"),
+        (
+            {"position_embedding": "learned", "max_position_embeddings": 64},
+            r"max_position_embeddings = 32768 \(here 64\), model\.position_embedding = 'xpos' \(here 'learned'\)",
+        ),
     ],
 )
 def test_weights_of_another_model_are_refused(make_recipe, short, tmp_path, replaced, said):

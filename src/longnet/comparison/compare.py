@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from longnet.comparison.timing import Timing, load_timing, save_timing
 from longnet.data.shards import TokenData
 from longnet.evaluation.perplexity import unit_starts
 from longnet.measurement import take_device
+from longnet.training.beginning import pin_init, refuse_other_model
 from longnet.training.checkpoint import lock_run
 from longnet.training.config import Tables
 
@@ -60,11 +62,15 @@ def run_comparison(recipe: ComparisonRecipe, output: Path, *, progress: bool = T
     """
     cells = recipe.all_cells
     data = TokenData.open(recipe.data.path)
+    plan = output / _PLAN
+    recipe = pin_init(recipe, json.loads(plan.read_text())["recipe"] if plan.exists() else None)
+    if recipe.train.init_from is not None and not plan.exists():
+        refuse_other_model(recipe.for_cell(cells[0], data).model_config(data), data, recipe.train.init_from)
     unit_starts(data.validation, recipe.scored_contexts, recipe.evaluate.tokens)  # refuses what could not be scored
     take_device(recipe.train.device)
     tables = recipe.shared_tables(data)
     with lock_run(output):
-        check_plan(output / _PLAN, tables, free=_FREE, data=data.fingerprint)
+        check_plan(plan, tables, free=_FREE, data=data.fingerprint)
         results, failures = [], {}
         with Stop() as stop:
             for cell in cells:

@@ -109,13 +109,15 @@ def describe_lengths(results: Sequence[CellResult], contexts: Sequence[int]) -> 
     return said
 
 
-def describe_limits(results: Sequence[CellResult]) -> list[str]:
-    """Say what so short a training on so little data cannot show."""
+def describe_limits(results: Sequence[CellResult], init_from: str | None = None) -> list[str]:
+    """Say what so short a training on so little data, from the weights in `init_from` perhaps, cannot show."""
     first = results[0]
     units = len(first.contexts[0].by_unit)
     tokens, parameters = first.tokens, first.parameters["total"]
     said = [
-        f"Each cell has seen {tokens:,} tokens, {tokens / parameters:.1f} a parameter; the paper's models saw "
+        f"Each cell has seen {tokens:,} tokens, {tokens / parameters:.1f} a parameter"
+        + (f", beside those that the weights of {init_from} had seen" if init_from is not None else "")
+        + "; the paper's models saw "
         f"{_PAPER_TOKENS / tokens:,.0f} times as many. Which system is better after long training does not follow.",
         f"One seed ({first.seed}): the standard errors are over {units} windows of validation text and say nothing of "
         "how much another seed would change.",

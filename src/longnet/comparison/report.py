@@ -74,7 +74,7 @@ def _describe(
     )
     document.add(*_pictures(results, contexts, figures), Heading("Cost"), _costs(results, timing))
     document.add(Points(_cost_notes(results, timing)))
-    document.add(Heading("What this cannot show"), Points(describe_limits(results)))
+    document.add(Heading("What this cannot show"), Points(describe_limits(results, init_from)))
     document.add(Heading("Where and with what"), _origins(results))
 
 

@@ -55,7 +55,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         _read(path / "tokenizer.json")  # transformers says less clearly what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"{path} holds no Hugging Face tokenizer ({_first_line(error).rstrip(': ')}): give a folder with "
             "tokenizer.json in it, which a tokenizer's save_pretrained writes"
@@ -104,9 +104,16 @@ def check_vocabulary(size: int) -> None:
 
 
 def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, data_vocab_size: int) -> None:
-    """Raise ValueError unless the tokens of prepared data are those of a model's folder.
+    """Refuse data whose tokens are not a model's: where its folder has a tokenizer, both must give them the same ids.
 
-    Where the folder has a tokenizer, the two must give the tokens the same ids; else their number must fit.
+    Args:
+        folder: of the model.
+        vocab_size: of the model.
+        data_folder: of the data, which `longnet prepare` wrote.
+        data_vocab_size: of the data.
+
+    Raises:
+        ValueError: other tokens, or, without a tokenizer, another number of them.
     """
     remedy = f"prepare the data with the model's tokenizer: longnet prepare … --tokenizer {folder}"
     if data_vocab_size > vocab_size:
@@ -117,10 +124,11 @@ def refuse_other_vocabulary(folder: Path, vocab_size: int, data_folder: Path, da
         if data_vocab_size < 0.9 * vocab_size:
             raise ValueError(
                 f"{data_folder} has a vocabulary of {data_vocab_size:,} tokens, the model one of {vocab_size:,}, and "
-                f"{folder} holds no tokenizer that would show that they belong together: {remedy}"
+                f"{folder} holds no tokenizer that would show that they belong together: put it there, if they do"
             )
         return
-    if load_tokenizer(folder).get_vocab() != load_tokenizer(data_folder / "tokenizer").get_vocab():
+    ours, theirs = load_tokenizer(folder.resolve()), load_tokenizer(data_folder / "tokenizer")
+    if ours.get_vocab() != theirs.get_vocab():
         raise ValueError(f"the tokenizers of {data_folder} and {folder} differ: {remedy}")
 
 

@@ -182,11 +182,11 @@ def stream(
         is_last = len(ids) <= wanted
         if not len(ids):
             break
-        refuse_more_positions(model, sums.tokens + len(ids))
         if is_last and not sums.tokens and len(ids) == 1:
             raise ValueError("there is one token, and none after it to predict: give more text")
-        output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the work, not after
         fed = ids if is_last else ids[:-1]
+        refuse_more_positions(model, sums.tokens + len(fed))
+        output.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the work, not after
         losses = _losses(model, cache, fed, ids[1:])
         if not np.isfinite(losses).all():
             place = sums.tokens + int(np.flatnonzero(~np.isfinite(losses))[0])

@@ -60,7 +60,8 @@ class TrainConfig:
 
     init_from: Path | None = None
     """Folder of a run, a checkpoint or a LongNet whose weights training begins with, to go on with longer sequences or
-    another pattern, say; its model must be the recipe's, but for what a length asks for. None begins at random."""
+    another attention; its model must be the recipe's in all else. Relative to where the command is started. None begins
+    at random."""
 
     seed: int = 0
     """Of the initial weights, of the order of the data and of dropout."""

@@ -1,7 +1,8 @@
 """The whole story of a training run, in order: data, model, optimizer, steps, metrics, checkpoints, evaluation.
 
-A run is a pure function of its recipe and its data (on one machine): the batch of a step of (seed, step), the weights
-of the batches before. So a checkpoint holds all there is, and a run that was killed continues to the same bits.
+A run is a pure function of its recipe, its data and the weights that it begins with (on one machine): the batch of a
+step of (seed, step), the weights of the batches before. So a checkpoint holds all there is, and a run that was killed
+continues to the same bits.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from longnet.model.configuration import LongNetConfig
 from longnet.model.cost import training_flops
 from longnet.model.patterns import heads_of
 from longnet.model.versions import checkpoint_layers
-from longnet.training.beginning import initial_model, starting_point, write_recipe
+from longnet.training.beginning import initial_model, pin_init, read_recipe, starting_point, write_recipe
 from longnet.training.checkpoint import Saving, delete_superseded, lock_run, save_checkpoint
 from longnet.training.config import Recipe, Tables
 from longnet.training.gradients import accumulate_gradients, learn_in_chunks
@@ -85,6 +86,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
     """
     with open_ranks(recipe.parallel, take_device(recipe.train.device)) as ranks, contextlib.ExitStack() as stack:
         data = TokenData.open(recipe.data.path)
+        given = recipe
+        recipe = ranks.on_first(lambda: pin_init(given, read_recipe(output / "recipe.toml")))
         tables = recipe.resolve(data)
         _refuse_backend(recipe, recipe.model_config(data), ranks.device)
         windows = Windows(data.train, recipe.train.tokens, seed=recipe.train.seed)
