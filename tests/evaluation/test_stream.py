@@ -114,6 +114,15 @@ def test_a_stream_goes_on_beyond_the_tokens_it_was_to_read(tokens, folder, tmp_p
     assert [row[2] for row in got] == pytest.approx([row[2] for row in bins], abs=1e-5)
 
 
+def test_one_token_is_refused_where_none_follows(tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    source = reading.open_source([tmp_path / "one.txt"], "bytes", tmp_path, 256)  # without an end
+    with pytest.raises(ValueError, match="there is one token, and none after it to predict"):
+        list(reading.stream(small(), source, tmp_path / "one"))
+    *_, sums = reading.stream(small(), source_of(tmp_path / "one.txt"), tmp_path / "two", tokens=1)
+    assert [count for count, *_ in sums.bins] == [1]  # the end that follows
+
+
 def test_a_stream_may_be_as_long_as_the_positions_that_a_model_knows(folder, tmp_path):
     model = small(position_embedding="learned", max_position_embeddings=64)
     *_, sums = reading.stream(model, source_of(folder), tmp_path / "all", tokens=64)

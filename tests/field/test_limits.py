@@ -99,12 +99,6 @@ def test_a_validation_split_of_unknown_words(call, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_token(call, run_folder, tmp_path, capsys):
-    (tmp_path / "one.txt").write_text("a" * 50)
-    assert call("stream", run_folder, tmp_path / "one.txt", "-n", "1", "-o", tmp_path / "out") == 2
-    assert "there is one token, and none after it to predict" in one_line(capsys)
-
-
 @pytest.mark.parametrize(
     "error",
     [
