@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tomllib
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import GenerationConfig
 
 from longnet.data.shards import TokenData
 from longnet.data.tokenizer import refuse_other_vocabulary
@@ -95,10 +95,11 @@ def initial_model(config: LongNetConfig, data: TokenData, folder: Path | None) -
         return LongNetForCausalLM(config)
     folder = model_folder(folder)
     refuse_other_model(config, data, folder)
-    model: LongNetForCausalLM = load_folder(
-        LongNetForCausalLM, folder, config=config, attn_implementation=config._attn_implementation, dtype=torch.float32
-    )
-    model.generation_config = GenerationConfig.from_model_config(config)
+    # Into a model made anew: one that was loaded keeps its file's generation settings, and what its names were there
+    # (with transformers 5.0), for when it is saved.
+    model = LongNetForCausalLM(config)
+    loaded = load_folder(LongNetForCausalLM, folder, config=copy.deepcopy(config), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
     return model
 
 
