@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longnet import LongNetConfig, LongNetForCausalLM
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.model.weights import load_folder
 from longnet.training.beginning import initial_model, pin_init
 from longnet.training.checkpoint import model_folder
 from longnet.training.loop import train
@@ -97,6 +99,19 @@ def test_any_longnet_will_do_and_brings_its_weights_alone(make_recipe, data, sho
         assert torch.equal(weight, model.get_parameter(name).float()), name
     assert begun.config.segment_lengths == (8, 64)
     assert begun.generation_config.to_dict() == LongNetForCausalLM(config).generation_config.to_dict()
+
+
+def test_what_is_loaded_from_a_compiled_models_folder_is_saved_under_its_own_names(make_recipe, data, tmp_path):
+    model = LongNetForCausalLM(longer(make_recipe, None).model_config(TokenData.open(data)))
+    model.save_pretrained(tmp_path / "plain")
+    names = load_file(tmp_path / "plain" / "model.safetensors")
+    shutil.copytree(tmp_path / "plain", tmp_path / "compiled")
+    save_file({f"_orig_mod.{name}": weight for name, weight in names.items()},
+              tmp_path / "compiled" / "model.safetensors", {"format": "pt"})  # fmt: skip
+    for source in ("plain", "compiled"):
+        load_folder(LongNetForCausalLM, tmp_path / source).save_pretrained(tmp_path / f"{source} again")
+        again = load_file(tmp_path / f"{source} again" / "model.safetensors")
+        assert again.keys() == names.keys()
 
 
 @pytest.mark.parametrize(

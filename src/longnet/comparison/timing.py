@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -19,16 +20,12 @@ from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
 from longnet.measurement import interleaved, provenance, take_device
 from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model.patterns import PATTERN_FIELDS
 from longnet.model.versions import checkpoint_layers
 from longnet.training.gradients import accumulate_gradients
 from longnet.training.optim import gradient_norm, make_optimizer, update
 
 TIMING = "timing.json"
-# What of a configuration differs between cells.
-_ATTENTION = (
-    "segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens", "sparse_block", "sparse_summary",
-    "sparse_stride",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def measure_steps(recipe: ComparisonRecipe, cells: Sequence[Cell]) -> Timing:
 
     def step(config: LongNetConfig, input_ids: Tensor, targets: Tensor, parts: int) -> None:
         model.set_attn_implementation(config._attn_implementation)
-        for name in _ATTENTION:
+        for name in itertools.chain.from_iterable(PATTERN_FIELDS.values()):
             setattr(model.config, name, getattr(config, name))
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.train.dtype == "bfloat16")
         accumulate_gradients(model, input_ids, targets, parts=parts, autocast=autocast)

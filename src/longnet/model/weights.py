@@ -96,6 +96,8 @@ def load_folder(kind: Any, folder: str | Path, **keywords: Any) -> Any:
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
             key_mapping={r"_orig_mod\.": ""}, **keywords,
         )  # fmt: skip
+    # transformers keeps how names were changed, and changes them back when the model is saved.
+    vars(model).pop("_weight_conversions", None)
     _refuse_partial(folder, model, found)
     refuse_broken(folder, model.state_dict().items())
     return model.eval()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import itertools
 import tomllib
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from transformers import GenerationConfig
 
 from longnet.data.shards import TokenData
 from longnet.data.tokenizer import refuse_other_vocabulary
 from longnet.model import LongNetConfig, LongNetForCausalLM
+from longnet.model.patterns import PATTERN_FIELDS
 from longnet.model.weights import load_config, load_folder
 from longnet.training.checkpoint import describe_damage, has_checkpoints, model_folder, newest_whole
 from longnet.training.config import Recipe, Tables, differences, to_toml
@@ -25,10 +27,9 @@ R = TypeVar("R", bound=Recipe)
 # In what a model may differ from one whose weights it takes: what it attends to, the length it is meant for, dropout,
 # and what concerns generation alone.
 _MAY_DIFFER = {
-    "segment_lengths", "dilation_rates", "head_offsets", "queries", "global_tokens", "rotate_offsets", "tail",
-    "sparse_block", "sparse_summary", "sparse_stride", "max_position_embeddings", "rope_theta", "xpos_scale_base",
-    "attention_dropout", "hidden_dropout", "drop_path", "initializer_range", "initializer_gain", "use_cache",
-    "bos_token_id", "eos_token_id",
+    *itertools.chain.from_iterable(PATTERN_FIELDS.values()), "tail",
+    "max_position_embeddings", "rope_theta", "xpos_scale_base", "attention_dropout", "hidden_dropout", "drop_path",
+    "initializer_range", "initializer_gain", "use_cache", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 
 
@@ -95,11 +96,10 @@ def initial_model(config: LongNetConfig, data: TokenData, folder: Path | None) -
         return LongNetForCausalLM(config)
     folder = model_folder(folder)
     refuse_other_model(config, data, folder)
-    # Into a model made anew: one that was loaded keeps its file's generation settings, and what its names were there
-    # (with transformers 5.0), for when it is saved.
-    model = LongNetForCausalLM(config)
-    loaded = load_folder(LongNetForCausalLM, folder, config=copy.deepcopy(config), dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
+    model: LongNetForCausalLM = load_folder(
+        LongNetForCausalLM, folder, config=config, attn_implementation=config._attn_implementation, dtype=torch.float32
+    )
+    model.generation_config = GenerationConfig.from_model_config(config)  # not those of the folder
     return model
 
 
