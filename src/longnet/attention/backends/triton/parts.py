@@ -79,7 +79,6 @@ def placed(part: Part, result: Tensor) -> Placed:
     )
 
 
-@functools.lru_cache(maxsize=64)
 def table_of(
     parts: tuple[Placed, ...],
     shape: Steps,
@@ -102,6 +101,26 @@ def table_of(
         block: positions of a program.
         device: of all but the entries.
     """
+    kinds = tuple(sorted({part[:3] for part in parts}))
+    return _table_of(parts, shape, strides, itemsize, _cut_of(kinds, whole, skipped), block, device)
+
+
+class Cut(NamedTuple):
+    """How segments cut documents, as seen from what is at hand: the same for chunk after chunk of a long sequence.
+
+    Attributes:
+        documents: of each its batch row, its first position at hand, and how many there are.
+        lengths: per kind of part and document, of a segment; at most what is at hand if that lies in one.
+        inside: alike, how much of the first segment lies before the document's first position at hand.
+    """
+
+    documents: tuple[tuple[int, int, int], ...]
+    lengths: tuple[Steps, ...]
+    inside: tuple[Steps, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _cut_of(kinds: tuple[tuple[int, int, int], ...], whole: Whole, skipped: int) -> Cut:
     documents = []  # batch row, first position at hand, how many, and how many of the document's lie before it
     for run in whole.runs:
         start = run.start - skipped
@@ -110,11 +129,25 @@ def table_of(
             documents += [
                 (row, first, run.stop - skipped - first, first - start) for row in range(run.row, run.row + run.rows)
             ]
-    rows, firsts, tokens, before = torch.tensor(documents, dtype=torch.int64).view(-1, 4).unbind(1)
-    kinds = sorted({(part.branch, part.rate, part.phases) for part in parts})
-    branches, rates, phases = torch.tensor(kinds, dtype=torch.int64).unbind(1)
+    _, _, tokens, before = torch.tensor(documents, dtype=torch.int64).view(-1, 4).unbind(1)
+    branches, rates, _ = torch.tensor(kinds, dtype=torch.int64).unbind(1)
     lengths = torch.tensor([branch.length for branch in whole.pattern.all_branches], dtype=torch.int64)
     length, inside = _within_32_bits(lengths[branches, None], before, tokens, rates[:, None])
+    length = torch.minimum(length, inside + tokens)
+    return Cut(
+        tuple(document[:3] for document in documents),
+        *(tuple(map(tuple, column.expand(len(kinds), len(documents)).tolist())) for column in (length, inside)),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _table_of(
+    parts: tuple[Placed, ...], shape: Steps, strides: Steps, itemsize: int, cut: Cut, block: int, device: torch.device
+) -> Table:
+    kinds = sorted({part[:3] for part in parts})
+    _, rates, phases = torch.tensor(kinds, dtype=torch.int64).unbind(1)
+    rows, firsts, tokens = torch.tensor(cut.documents, dtype=torch.int64).view(-1, 3).unbind(1)
+    length, inside = (torch.tensor(column, dtype=torch.int64) for column in (cut.lengths, cut.inside))
     # One row for each (batch, head) of each part: all of them at once, since packed documents have many.
     columns = [
         (*part[3], kinds.index(part[:3]), part[4], *part[5], *part[6], *(part[7] or (0, 0, 0))) for part in parts
@@ -155,18 +188,17 @@ def table_of(
         ], 1,
     )  # fmt: skip
     of_entry[places] = owners
-    work = [
-        (row, first, count, block_first, document)
-        for document, (row, first, count, _) in enumerate(documents)
-        for block_first in range(0, count, block)
-    ]
+    counts = -(-tokens // block)
+    document = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    turn = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
+    work = torch.stack([rows[document], firsts[document], tokens[document], turn * block, document], 1)
     bases = begins[:, None] + (needed.cumsum(1) - needed)[of_layer]
     return Table(
         entries,
         of_entry,
         send(torch.stack([rates, phases], 1)[of_layer].int(), device),
         send(torch.stack([bases, length[of_layer], inside[of_layer]], 2).transpose(0, 1).int().contiguous(), device),
-        send(torch.tensor(work, dtype=torch.int32).view(-1, 5), device),
+        send(work.int(), device),
     )
 
 
