@@ -174,7 +174,17 @@ def test_curves_are_drawn(tmp_path, scale):
     path = tmp_path / "curves.svg"
     curves = [
         Curve("one", [512, 2048], [3.0, 2.5], [0.1, None], "sdpa"),
-        Curve("two", [512, 2048, 8192], [3.0, 2.5, 2.4], None, "other", 5, ["a", "b", "c"]),
+        Curve("two", [512, 2048, 8192], [3.0, 2.5, 2.4], None, "other", ["a", "b", "c"]),
     ]
     draw_curves(curves, path, x="tokens", y="loss", scale=scale, mark=(2048, "training length"))
     assert path.stat().st_size > 5000
+
+
+def test_curves_of_a_kind_are_told_apart_by_their_lines(tmp_path):
+    path = tmp_path / "curves.svg"
+    kinds = ["dilated", "other", "dilated", "other", "dilated"]
+    draw_curves([Curve("", [1, 2], [1, 2], kind=kind) for kind in kinds], path, x="x", y="y", scale="linear")
+    lines = re.findall(
+        r"fill: none; (stroke-dasharray: [^;]*; )?(?:[^\"]*; )?stroke: var\(--(dilated|other)", path.read_text()
+    )
+    assert len(set(lines)) == 5

@@ -268,7 +268,6 @@ class Curve:
         y: values.
         error: standard errors, drawn as bars of two of them on either side; None for none.
         kind: what the colour says: "dilated", "sdpa", "sparse_fixed", or anything else.
-        style: of the line, which tells curves of a kind apart: 0, 1, ….
         names: written beside each place; None for none.
         joined: whether a line joins the places.
     """
@@ -278,7 +277,6 @@ class Curve:
     y: Sequence[float]
     error: Sequence[float | None] | None = None
     kind: str = "dilated"
-    style: int = 0
     names: Sequence[str] | None = None
     joined: bool = True
 
@@ -317,8 +315,9 @@ def draw_curves(
     with rc_context(settings):  # type: ignore[arg-type]
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, layout="constrained")
         ax = figure.subplots()
-        for index, curve in enumerate(curves):
-            _draw_curve(ax, curve, index, is_dense=scale == "linear")
+        kinds = [curve.kind for curve in curves]
+        for index, curve in enumerate(curves):  # of a kind they are told apart by their lines
+            _draw_curve(ax, curve, index, kinds[:index].count(curve.kind), is_dense=scale == "linear")
         if scale == "log":
             ax.set_xscale("log")
             every = [place for curve in curves for place in curve.x]
@@ -362,10 +361,10 @@ def draw_curves(
     path.write_text(_with_variables(text.getvalue()), encoding="utf-8")
 
 
-def _draw_curve(ax: Axes, curve: Curve, index: int, *, is_dense: bool) -> None:
+def _draw_curve(ax: Axes, curve: Curve, index: int, style: int, *, is_dense: bool) -> None:
     colour = _COLOURS.get(curve.kind, _COLOURS["other"])
-    line = ("-", "--", ":", "-.")[curve.style % 4] if curve.joined else "none"
-    marker = None if is_dense and curve.joined else ("o", "s", "^", "D")[curve.style % 4]
+    line = (":" if curve.kind == "faint" else ("-", "--", ":", "-.")[style % 4]) if curve.joined else "none"
+    marker = None if is_dense and curve.joined else ("o", "s", "^", "D")[style % 4]
     ax.plot(curve.x, curve.y, linestyle=line, marker=marker, markersize=4.5, color=colour, linewidth=1.6)
     if curve.error is not None:
         bars = [2 * (error or 0) for error in curve.error]
@@ -487,12 +486,12 @@ def draw_runtime(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows = sorted((r for r in rows if all(r.get(x) == rows[0].get(x) for x in shape)), key=lambda r: int(r["tokens"]))
     tokens = [row["tokens"] for row in rows]
     curves = []
-    for style, (key, passes) in enumerate((("both", "both passes"), ("forward", "forward"))):
+    for key, passes in (("both", "both passes"), ("forward", "forward")):
         dense, dilated = ([1e3 * row[f"{key}_{which}_s"] for row in rows] for which in ("dense", "dilated"))
         ideal = [time / row["flop_ratio"] for time, row in zip(dense, rows, strict=True)]
         curves += [
-            Curve(f"dense, {passes}", tokens, dense, kind="sdpa", style=style),
-            Curve(f"dilated, {passes}", tokens, dilated, kind="dilated", style=style),
-            Curve("dense ÷ FLOP ratio", tokens, ideal, kind="faint", style=2),
+            Curve(f"dense, {passes}", tokens, dense, kind="sdpa"),
+            Curve(f"dilated, {passes}", tokens, dilated, kind="dilated"),
+            Curve("dense ÷ FLOP ratio", tokens, ideal, kind="faint"),
         ]
     draw_curves(curves, path, x="sequence length (tokens)", y="time (milliseconds)", log_y=True)

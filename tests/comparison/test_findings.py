@@ -6,7 +6,7 @@ import pytest
 
 from longnet.comparison import findings
 from longnet.comparison.cell import CellResult
-from longnet.comparison.systems import SYSTEMS
+from longnet.comparison.systems import SYSTEMS, kind_of, title_of
 from longnet.evaluation.perplexity import ContextResult
 from longnet.plots import name_length
 
@@ -51,6 +51,18 @@ def test_systems_are_compared_at_their_own_length(results):
     assert said.endswith("lower, at 0.500 × its FLOPs.")
     (said,) = findings.describe_systems([results[0], cell("dilated", 512, {256: 2.2, 512: 2.1, 1024: 2.5}, flops=300)])
     assert said.endswith("higher, at 1.500 × its FLOPs.")
+
+
+def test_a_window_by_its_pattern_is_a_window(results):
+    """One branch that keeps all: what LongNet is compared with, and not LongNet's best."""
+    names = {name: (kind_of(name), title_of(name)) for name in ("704:1", "704:1;global=1", "640:1,4096:8")}
+    assert names["704:1"] == ("window", "Window 704:1")
+    assert {kind for kind, _ in list(names.values())[1:]} == {"dilated"}
+    other = cell("704:1", 512, {256: 1.8, 512: 1.7, 1024: 1.8})
+    (said,) = findings.describe_systems([results[1], other])
+    assert "LongNet's loss against the Window 704:1's: +0.1000" in said
+    scores = [(one.attention, one.length, {512: one.at(512).perplexity}) for one in (results[1], other)]
+    assert "5.5, Window 704:1 trained at 512 (best LongNet: 6.0, LongNet" in findings.describe_headline(scores)
 
 
 def test_longer_training_is_judged_at_the_longest_context(results):

@@ -222,18 +222,12 @@ def _label(one: SystemRecall) -> str:
     return title_of(one.system).removeprefix("LongNet ")
 
 
-def _styles(systems: Sequence[SystemRecall]) -> list[int]:
-    kinds = [kind_of(one.system) for one in systems]
-    return [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
-
-
 def _draw_distances(systems: Sequence[SystemRecall], task: RecallTask, pairs: int, figures: Path) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     path = figures / f"distance-{pairs}.svg"
     places = [(low * high) ** 0.5 for low, high in task.buckets]
     draw_curves(
-        [Curve(_label(one), places, one.accuracies(task, pairs), kind=kind_of(one.system), style=style)
-         for one, style in zip(systems, _styles(systems), strict=True)],
+        [Curve(_label(one), places, one.accuracies(task, pairs), kind=kind_of(one.system)) for one in systems],
         path, x="distance (tokens, middle of the bucket)", y="right answers", scale="log",
     )  # fmt: skip
     return path
@@ -245,8 +239,8 @@ def _draw_rests(
     path = figures / "modulo.svg"
     draw_curves(
         [Curve(_label(one), range(modulus), _rests(one.result(pairs), task, low, modulus),
-               kind=kind_of(one.system), style=style)
-         for one, style in zip(systems, _styles(systems), strict=True)],
+               kind=kind_of(one.system))
+         for one in systems],
         path, x=f"distance modulo {modulus}", y="right answers", scale="linear",
     )  # fmt: skip
     return path
@@ -255,11 +249,11 @@ def _draw_rests(
 def _draw_losses(systems: Sequence[SystemRecall], figures: Path) -> Path:
     path = figures / "training.svg"
     curves = []
-    for one, style in zip(systems, _styles(systems), strict=True):
+    for one in systems:
         steps = [step for step, _ in one.cells[0].losses]
         lines = zip(*(cell.losses for cell in one.cells), strict=True)
         losses = [statistics.fmean(loss for _, loss in line) for line in lines]
-        curves.append(Curve(_label(one), steps, losses, kind=kind_of(one.system), style=style))
+        curves.append(Curve(_label(one), steps, losses, kind=kind_of(one.system)))
     draw_curves(curves, path, x="steps", y="training loss (nats an answer)", scale="linear")
     return path
 

@@ -92,8 +92,6 @@ def _perplexities(results: Sequence[CellResult], contexts: Sequence[int]) -> Tab
 
 def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: Path) -> list[Heading | Picture]:
     figures.mkdir(parents=True, exist_ok=True)
-    lengths = sorted({result.length for result in results})
-    style = {length: index for index, length in enumerate(lengths)}
     longest = contexts[-1]
 
     def at_own_length(result: CellResult) -> float:
@@ -112,8 +110,7 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         paths["flops"], x="FLOPs of the whole training", y="perplexity at the training length", scale="log",
     )  # fmt: skip
     draw_curves(
-        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, kind_of(result.attention),
-               style[result.length])
+        [Curve(result.cell.title, contexts, [part.loss for part in result.contexts], None, kind_of(result.attention))
          for result in results],
         paths["context"], x="context length (tokens)", y="loss (nats per token)",
     )  # fmt: skip
@@ -124,17 +121,17 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         if kind_of(result.attention) == "dilated" != kind_of(other.attention) and result.length == other.length
     ]
     if pairs:
-        _draw_differences(pairs, contexts, style, paths["difference"])
+        _draw_differences(pairs, contexts, paths["difference"])
     else:
         del paths["difference"]
     draw_curves(
         [Curve(result.cell.title, [tokens for tokens, _ in result.losses], [loss for _, loss in result.losses],
-               kind=kind_of(result.attention), style=style[result.length]) for result in results],
+               kind=kind_of(result.attention)) for result in results],
         paths["training"], x="tokens trained on", y="training loss (nats per token)", scale="linear",
     )  # fmt: skip
     draw_curves(
-        [replace(position_curve(result.at(longest), result.cell.title, kind_of(result.attention), style[result.length]),
-                 error=None) for result in results],
+        [replace(position_curve(result.at(longest), result.cell.title, kind_of(result.attention)), error=None)
+         for result in results],
         paths["position"], x="position in the window (tokens)", y="loss (nats per token)",
     )  # fmt: skip
     captions = {
@@ -152,15 +149,14 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
     ]
 
 
-def _draw_differences(
-    pairs: Sequence[tuple[CellResult, CellResult]], contexts: Sequence[int], style: dict[int, int], path: Path
-) -> None:
-    curves = []
+def _draw_differences(pairs: Sequence[tuple[CellResult, CellResult]], contexts: Sequence[int], path: Path) -> None:
+    curves, is_one = [], len({ours.attention for ours, _ in pairs}) == 1
     for ours, other in pairs:
         steps = [paired_difference(ours.at(context), other.at(context)) for context in contexts]
-        label = f"{title_of(other.attention).partition(' ')[0]}, {name_length(other.length)}"
+        less = "" if is_one else f"{title_of(ours.attention).removeprefix('LongNet ')} less "
+        label = f"{less}{title_of(other.attention)}, {name_length(other.length)}"
         losses, errors = [step.mean for step in steps], [step.standard_error for step in steps]
-        curves.append(Curve(label, contexts, losses, errors, kind_of(other.attention), style[other.length]))
+        curves.append(Curve(label, contexts, losses, errors, kind_of(other.attention)))
     draw_curves(
         curves, path, x="context length (tokens)", y="LongNet less the other (nats per token)", zero="no difference"
     )

@@ -45,7 +45,7 @@ def check_systems(systems: Sequence[str], name: str) -> None:
 
 def title_of(system: str) -> str:
     """Return a system's name for people."""
-    return SYSTEMS.get(system) or f"LongNet {system}"
+    return SYSTEMS.get(system) or f"{SYSTEMS[kind_of(system)]} {system}"
 
 
 def name_of(system: str) -> str:
@@ -54,8 +54,11 @@ def name_of(system: str) -> str:
 
 
 def kind_of(system: str) -> str:
-    """Return which of SYSTEMS a system is, a pattern being a LongNet."""
-    return system if system in SYSTEMS else "dilated"
+    """Return which of SYSTEMS a system is: a pattern is a LongNet, or a window if it has one branch that keeps all."""
+    if system in SYSTEMS:
+        return system
+    pattern = DilationPattern.parse(system)
+    return "window" if pattern.dilation_rates == (1,) and not pattern.global_tokens else "dilated"
 
 
 def order_of(system: str) -> tuple[int, str]:

@@ -82,8 +82,7 @@ class Evaluation:
             zero=f"loss with {name_length(shortest.context)} of context",
         )  # fmt: skip
         draw_curves(
-            [position_curve(result, name_length(result.context), kind, style)
-             for style, result in enumerate(self.contexts)],
+            [position_curve(result, name_length(result.context), kind) for result in self.contexts],
             pictures["position"], x="position in the window (tokens)", y="loss (nats per token)", mark=mark,
         )  # fmt: skip
         if self.passkey:
@@ -145,11 +144,11 @@ def successive(contexts: Sequence[ContextResult]) -> list[tuple[ContextResult, C
     return [(short, long, paired_difference(long, short)) for short, long in itertools.pairwise(contexts)]
 
 
-def position_curve(result: ContextResult, label: str, kind: str, style: int) -> Curve:
+def position_curve(result: ContextResult, label: str, kind: str) -> Curve:
     """Return the loss by position, each bin at its end."""
     ends = [part.position_to for part in result.by_position]
     losses = [part.loss for part in result.by_position]
-    return Curve(label, ends, losses, [part.standard_error for part in result.by_position], kind, style)
+    return Curve(label, ends, losses, [part.standard_error for part in result.by_position], kind)
 
 
 def judge(difference: Difference) -> str:
