@@ -34,7 +34,8 @@ def describe_headline(cells: Sequence[tuple[str, int, Mapping[int, float]]]) -> 
 
 def _trained(cell: tuple[str, int, Mapping[int, float]], context: int) -> str:
     system, length, scores = cell
-    return f"{scores[context]:.1f}, {title_of(system)} trained at {name_length(length)}"
+    score = f"{scores[context]:.{1 if scores[context] >= 10 else 3}f}"  # of four letters a genome's differ by little
+    return f"{score}, {title_of(system)} trained at {name_length(length)}"
 
 
 def describe_contexts(results: Sequence[CellResult]) -> list[str]:
