@@ -1,5 +1,6 @@
 """Sentences against figures made up to say one thing or the other."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from longnet.comparison import findings
 from longnet.comparison.cell import CellResult
 from longnet.comparison.systems import SYSTEMS, kind_of, title_of
-from longnet.evaluation.perplexity import ContextResult
+from longnet.evaluation.perplexity import ContextResult, paired_difference
 from longnet.plots import name_length
 
 
@@ -112,16 +113,64 @@ def test_the_headline_of_the_committed_table_2_is_of_its_own_figures():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_committed_table_2_with_a_window_is_of_the_committed_results(seed):
-    folder = Path(__file__).parents[2] / "benchmarks/results" / ("table2-window-1" if seed else "table2-window")
+@pytest.mark.parametrize(
+    ("name", "cells", "steps"), [("table2-window", 10, 1000), ("table2-longer", 5, 400), ("table2-longest", 3, 1600)]
+)
+def test_the_committed_tables_2_with_a_window_are_of_the_committed_results(name, cells, steps, seed):
+    folder = Path(__file__).parents[2] / "benchmarks/results" / (f"{name}-1" if seed else name)
     text = (folder / "report.md").read_text()
     results = [CellResult.load(path.parent) for path in folder.glob("cells/*/result.json")]
-    assert len(results) == 10
-    assert {found.seed for found in results} == {seed}
-    cells = [
+    assert len(results) == cells
+    assert {(found.seed, found.steps) for found in results} == {(seed, steps)}
+    scores = [
         (found.attention, found.length, {part.context: part.perplexity for part in found.contexts}) for found in results
     ]
-    assert f"**{findings.describe_headline(cells)}**" in text
+    assert f"**{findings.describe_headline(scores)}**" in text
     for found in results:
         for part in found.contexts:
             assert f" {part.perplexity:.3f} ± " in text
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_the_evidence_says_of_models_that_have_learned_is_of_the_committed_results(seed):
+    """Each perplexity and paired difference of its row, as it stands there."""
+    root = Path(__file__).parents[2]
+    (row,) = [
+        line for line in (root / "docs/evidence.md").read_text().splitlines()
+        if line.startswith("| The same, from a model that has learned")
+    ]  # fmt: skip
+    for name in ("table2-longer", "table2-longest"):
+        folder = root / "benchmarks/results" / (f"{name}-1" if seed else name)
+        found = {path.parent.name: CellResult.load(path.parent) for path in folder.glob("cells/*/result.json")}
+        at = {cell: result.at(4096) for cell, result in found.items()}
+        assert len(at) == (5 if name == "table2-longer" else 3)
+        told = [f"{at[cell].perplexity:.2f}" for cell in at if name == "table2-longer" or cell != "640x1_4096x8-4096"]
+        pairs = [("dilated-4096", "window-4096")]
+        pairs.append(("640x1_4096x8-4096", "704x1-4096" if "704x1-4096" in at else "window-4096"))
+        for ours, other in pairs:
+            step = paired_difference(at[ours], at[other])
+            told.append(f"{step.mean:.4f} ± {step.standard_error:.4f}")
+        assert not [figure for figure in told if figure not in row]
+
+
+def test_what_the_evidence_says_of_a_genome_is_of_the_committed_results():
+    root = Path(__file__).parents[2]
+    (row,) = [
+        line for line in (root / "docs/evidence.md").read_text().splitlines()
+        if line.startswith("| A genome, in sequences of 65,536, with segments")
+    ]  # fmt: skip
+    at, whole = {}, []
+    for name in ("window", "1024x1_8192x8_65536x64_8388608x8192", "dilated"):
+        cell = root / "benchmarks/results/genome/cells" / f"{name}-65536"
+        at[name] = CellResult.load(cell).at(65536)
+        contexts = json.loads((cell / "evaluation.json").read_text())["contexts"]
+        head, held, all_of_it = (json.loads((cell / f"stream-{k}.json").read_text()) for k in ("head", "held", "whole"))
+        sums = [part["loss"] * part["tokens"] for part in (held, head)]
+        behind = (sums[0] - sums[1]) / (held["tokens"] - head["tokens"])
+        assert held["tokens"] - head["tokens"] == contexts[0]["tokens"] == 458752
+        assert ", ".join(f"{loss:.4f}" for loss in [*(part["loss"] for part in contexts), behind]) in row
+        whole.append(f"{all_of_it['loss']:.4f}")
+    assert ", ".join(whole) in row
+    for name in ("1024x1_8192x8_65536x64_8388608x8192", "dilated"):
+        step = paired_difference(at[name], at["window"])
+        assert f"{step.mean:.4f} ± {step.standard_error:.4f}" in row
