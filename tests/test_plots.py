@@ -180,6 +180,21 @@ def test_curves_are_drawn(tmp_path, scale):
     assert path.stat().st_size > 5000
 
 
+def test_labels_too_long_to_stand_beside_curves_stand_below(tmp_path):
+    """Beside them a pattern of four branches left the curves no room at all."""
+    path, grid = tmp_path / "curves.svg", {}
+    for label in ("Window", "LongNet 1024:1,8192:8,65536:64,8388608:8192, 64K"):
+        draw_curves([Curve(label, [1, 2], [1, 2]), Curve("b", [1, 2], [2, 1])], path, x="x", y="y", scale="linear")
+        text = path.read_text()
+        height = int(re.search(r'viewBox="0 0 358 (\d+)"', text)[1])
+        lines = re.findall(r'd="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n" clip-path', text)
+        grid[label] = height, max(float(right) - float(left) for left, _, right, _ in lines)
+        assert all(word in text for word in label.split())
+    (short, beside), (long, below) = grid.values()
+    assert short == 270 < long
+    assert below > beside > 200
+
+
 def test_curves_of_a_kind_are_told_apart_by_their_lines(tmp_path):
     path = tmp_path / "curves.svg"
     kinds = ["dilated", "other", "dilated", "other", "dilated"]

@@ -20,6 +20,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from longnet.attention.pattern import DilationPattern
@@ -56,6 +57,7 @@ _DARK = {
 _PAPER = {"light": "#fff", "dark": "#14191c"}
 _FONT = 11.5  # points of an SVG, which are a page's pixels where it is shown at its own size
 _WIDTH, _HEIGHT = 358, 270  # points: a phone's column; wider pages enlarge it
+_BESIDE = 18  # letters of a label that finds room beside its curve
 
 
 class Grid(NamedTuple):
@@ -295,7 +297,7 @@ def draw_curves(
     """Draw curves, each labelled at its end.
 
     Args:
-        curves: what to draw.
+        curves: what to draw; where a label is too long to stand beside its curve, all stand below.
         path: an .svg, with text as text and colours as CSS variables, which follow the reader's light or dark scheme
             or, where `inline_svg` puts it into a page, the page's.
         x: name of the horizontal axis, with its unit.
@@ -313,11 +315,17 @@ def draw_curves(
         "ytick.labelcolor": _COLOURS["ink"], "grid.color": _COLOURS["line"],
     }  # fmt: skip
     with rc_context(settings):  # type: ignore[arg-type]
-        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, layout="constrained")
+        below = [textwrap.fill(curve.label, 46) for curve in curves if curve.label]
+        if max(map(len, below), default=0) <= _BESIDE:
+            below = []
+        height = _HEIGHT + math.ceil(1.5 * _FONT * sum(1 + label.count("\n") for label in below))
+        figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
         ax = figure.subplots()
         kinds = [curve.kind for curve in curves]
-        for index, curve in enumerate(curves):  # of a kind they are told apart by their lines
+        lines = [  # those of a kind are told apart by how they are drawn
             _draw_curve(ax, curve, index, kinds[:index].count(curve.kind), is_dense=scale == "linear")
+            for index, curve in enumerate(curves)
+        ]
         if scale == "log":
             ax.set_xscale("log")
             every = [place for curve in curves for place in curve.x]
@@ -355,17 +363,22 @@ def draw_curves(
                         color=_COLOURS["faint"])  # fmt: skip
         if any(curve.names for curve in curves):
             ax.margins(x=0.1)  # room for the last name, before the labels
-        _label_ends(ax, curves)
+        if below:
+            labelled = [line for line, curve in zip(lines, curves, strict=True) if curve.label]
+            figure.legend(labelled, below, loc="outside lower left", frameon=False, labelcolor="linecolor",
+                          handlelength=2.5)  # fmt: skip
+        else:
+            _label_ends(ax, curves)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    path.write_text(_with_variables(text.getvalue()), encoding="utf-8")
+    path.write_text(_with_variables(text.getvalue(), height), encoding="utf-8")
 
 
-def _draw_curve(ax: Axes, curve: Curve, index: int, style: int, *, is_dense: bool) -> None:
+def _draw_curve(ax: Axes, curve: Curve, index: int, style: int, *, is_dense: bool) -> Line2D:
     colour = _COLOURS.get(curve.kind, _COLOURS["other"])
     line = (":" if curve.kind == "faint" else ("-", "--", ":", "-.")[style % 4]) if curve.joined else "none"
     marker = None if is_dense and curve.joined else ("o", "s", "^", "D")[style % 4]
-    ax.plot(curve.x, curve.y, linestyle=line, marker=marker, markersize=4.5, color=colour, linewidth=1.6)
+    (drawn,) = ax.plot(curve.x, curve.y, linestyle=line, marker=marker, markersize=4.5, color=colour, linewidth=1.6)
     if curve.error is not None:
         bars = [2 * (error or 0) for error in curve.error]
         ax.errorbar(curve.x, curve.y, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
@@ -373,6 +386,7 @@ def _draw_curve(ax: Axes, curve: Curve, index: int, style: int, *, is_dense: boo
     for place, value, name in zip(curve.x, curve.y, curve.names or (), strict=curve.names is not None):
         # Curves that meet have their names on different sides of the place.
         ax.annotate(name, (place, value), xytext=beside[0], textcoords="offset points", ha=beside[1], color=colour)
+    return drawn
 
 
 def _label_ends(ax: Axes, curves: Sequence[Curve]) -> None:
@@ -402,7 +416,7 @@ def _label_ends(ax: Axes, curves: Sequence[Curve]) -> None:
                     va="center", color=colour, annotation_clip=False)  # fmt: skip
 
 
-def _with_variables(svg: str) -> str:
+def _with_variables(svg: str, height: int) -> str:
     """Replace colours by CSS variables, and leave out what a page that holds the picture does not need."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -417,7 +431,7 @@ def _with_variables(svg: str) -> str:
         f"<style>svg {{ color-scheme: light dark; {css_variables('light')} background: var(--paper) }} "
         f"@media (prefers-color-scheme: dark) {{ svg {{ {css_variables('dark')} }} }}</style>"
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">{own}'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">{own}'
     return re.sub(r"<svg [^>]*>", head, svg)
 
 

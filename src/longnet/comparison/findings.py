@@ -24,18 +24,24 @@ def describe_headline(cells: Sequence[tuple[str, int, Mapping[int, float]]]) -> 
     for context in sorted({context for _, _, scores in cells for context in scores}):
         ranked = sorted(cells, key=lambda cell: cell[2][context])
         best = ranked[0]
-        words = f"{name_length(context)}: {_trained(best, context)}"
         own = next((cell for cell in ranked if kind_of(cell[0]) == "dilated"), best)
+        places = _places(best[2][context], own[2][context])
+        words = f"{name_length(context)}: {_trained(best, context, places)}"
         if kind_of(best[0]) != "dilated" and own is not best:
-            words += f" (best LongNet: {_trained(own, context)})"
+            words += f" (best LongNet: {_trained(own, context, places)})"
         said.append(words)
     return f"Lowest perplexity at each context: {'; '.join(said)}."
 
 
-def _trained(cell: tuple[str, int, Mapping[int, float]], context: int) -> str:
+def _trained(cell: tuple[str, int, Mapping[int, float]], context: int, places: int) -> str:
     system, length, scores = cell
-    score = f"{scores[context]:.{1 if scores[context] >= 10 else 3}f}"  # of four letters a genome's differ by little
-    return f"{score}, {title_of(system)} trained at {name_length(length)}"
+    return f"{scores[context]:.{places}f}, {title_of(system)} trained at {name_length(length)}"
+
+
+def _places(best: float, own: float) -> int:
+    """Return how many decimals tell two perplexities apart, one at least, or three below 10: of four letters, say."""
+    first = 1 if best >= 10 else 3
+    return next((places for places in range(first, 5) if f"{best:.{places}f}" != f"{own:.{places}f}"), first)
 
 
 def describe_contexts(results: Sequence[CellResult]) -> list[str]:

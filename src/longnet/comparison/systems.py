@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def name_of(system: str) -> str:
     return system.replace(":", "x").replace(",", "_").replace(";", "-")
 
 
+@functools.cache
 def kind_of(system: str) -> str:
     """Return which of SYSTEMS a system is: a pattern is a LongNet, or a window if it has one branch that keeps all."""
     if system in SYSTEMS:

@@ -140,7 +140,7 @@ def _cut_of(kinds: tuple[tuple[int, int, int], ...], whole: Whole, skipped: int)
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)  # a dozen kinds of chunks, three results each, of several layers where offsets shift
 def _table_of(
     parts: tuple[Placed, ...], shape: Steps, strides: Steps, itemsize: int, cut: Cut, block: int, device: torch.device
 ) -> Table:
