@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="of the sequence, the first of the training split")
     parser.add_argument("--chunk-tokens", type=int, default=16384)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
-    parser.add_argument("--save-seconds", type=float, default=60.0, help="between two saves of the step, from which it goes on")
+    parser.add_argument(
+        "--save-seconds", type=float, default=60.0, help="between two saves of the step, from which it goes on"
+    )
     parser.add_argument("--held-out", type=int, default=2**22, help="tokens, the last of the training split")
     parser.add_argument("--output", "-o", type=Path, required=True, help="folder of the step and of result.json")
     arguments = parser.parse_args()
