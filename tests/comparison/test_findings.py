@@ -169,6 +169,8 @@ def test_what_the_evidence_says_of_a_genome_is_of_the_committed_results():
         behind = (sums[0] - sums[1]) / (held["tokens"] - head["tokens"])
         assert held["tokens"] - head["tokens"] == contexts[0]["tokens"] == 458752
         assert ", ".join(f"{loss:.4f}" for loss in [*(part["loss"] for part in contexts), behind]) in row
+        shorter = json.loads((cell / "contexts.json").read_text())["contexts"]
+        assert ", ".join(f"{part['loss']:.4f}" for part in shorter) in row
         whole.append(f"{all_of_it['loss']:.4f}")
     assert ", ".join(whole) in row
     for name in ("1024x1_8192x8_65536x64_8388608x8192", "dilated"):
