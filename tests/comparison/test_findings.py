@@ -7,6 +7,7 @@ import pytest
 
 from longnet.comparison import findings
 from longnet.comparison.cell import CellResult
+from longnet.comparison.report import _nearest_in_cost
 from longnet.comparison.systems import SYSTEMS, kind_of, title_of
 from longnet.evaluation.perplexity import ContextResult, paired_difference
 from longnet.plots import name_length
@@ -64,6 +65,18 @@ def test_a_window_by_its_pattern_is_a_window(results):
     assert "LongNet's loss against the Window 704:1's: +0.1000" in said
     scores = [(one.attention, one.length, {512: one.at(512).perplexity}) for one in (results[1], other)]
     assert "5.474, Window 704:1 trained at 512 (best LongNet: 6.050, LongNet" in findings.describe_headline(scores)
+
+
+def test_of_many_differences_those_at_the_nearest_cost_are_drawn():
+    losses = {512: 2.0}
+    ours = [cell("640:1,4096:8", 512, losses, flops=71), cell("dilated", 512, losses, flops=85)]
+    others = [
+        cell("sdpa", 512, losses, flops=172),
+        cell("704:1", 512, losses, flops=72),
+        cell("window", 512, losses, flops=84),
+    ]
+    pairs = [(one, other) for one in ours for other in others]
+    assert _nearest_in_cost(pairs) == [(ours[0], others[1]), (ours[1], others[2])]
 
 
 def test_longer_training_is_judged_at_the_longest_context(results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from longnet.evaluation.record import position_curve
 from longnet.measurement import ratio
 from longnet.plots import Curve, draw_curves, name_length
 from longnet.training.config import to_toml
+
+_MOST_PAIRS = 6  # curves of differences that a picture holds
 
 
 def write_report(outcome: Outcome, output: Path) -> Path:
@@ -120,8 +123,9 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         for other in results
         if kind_of(result.attention) == "dilated" != kind_of(other.attention) and result.length == other.length
     ]
+    chosen = _nearest_in_cost(pairs) if len(pairs) > _MOST_PAIRS else pairs
     if pairs:
-        _draw_differences(pairs, contexts, paths["difference"])
+        _draw_differences(chosen, contexts, paths["difference"])
     else:
         del paths["difference"]
     draw_curves(
@@ -139,13 +143,25 @@ def _pictures(results: Sequence[CellResult], contexts: Sequence[int], figures: P
         "the training lengths of a system (Figure 6 of the paper).",
         "context": "Loss on the same tokens against the context length (Figure 7b of the paper).",
         "difference": "LongNet's loss less that of the other systems trained at the same length, on the same windows, "
-        "against the context length; bars: ±2 standard errors. Below 0 LongNet is better.",
+        "against the context length; bars: ±2 standard errors. Below 0 LongNet is better."
+        + (" Of many systems the one nearest in FLOPs to each." if chosen is not pairs else ""),
         "position": f"Loss by position, in windows of {longest:,} tokens: how much each token gains from those before.",
         "training": "Training loss.",
     }
     return [
         Heading("Pictures"),
         *(Picture(paths[name], caption) for name, caption in captions.items() if name in paths),
+    ]
+
+
+def _nearest_in_cost(pairs: Sequence[tuple[CellResult, CellResult]]) -> list[tuple[CellResult, CellResult]]:
+    """Return of each LongNet's pairs the one whose steps cost most nearly the same."""
+    of_ours: dict[str, list[tuple[CellResult, CellResult]]] = {}
+    for ours, other in pairs:
+        of_ours.setdefault(ours.cell.name, []).append((ours, other))
+    return [
+        min(own, key=lambda pair: abs(math.log(pair[0].flops["counted"] / pair[1].flops["counted"])))
+        for own in of_ours.values()
     ]
 
 
