@@ -1,6 +1,7 @@
 """A step in chunks that is killed, stopped or out of disk goes on where it was, to the same bits."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 from cases import DEVICES
+from longnet import DilationPattern
 from longnet.data.loader import Windows
 from longnet.training import chunked, row_log
 from longnet.training.chunked import ChunkedStep
 from longnet.training.loop import train
 from training.runs import lines, tensors
-from training.steps import assert_same, learn_to_the_end, longnet_model, reader_of, tokens_of, whole
+from training.steps import assert_same, gradients, learn_to_the_end, longnet_model, reader_of, tokens_of, whole
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,45 @@ def test_a_step_killed_at_any_instant_goes_on_to_the_same_bits(processes, kills,
     assert learn(processes, killed, device=device)[0]
     compare()
     assert passes == {False, True}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("longest", [96, 512])  # of the segments: spans of 4 chunks, and of all
+def test_a_step_whose_log_is_lost_reads_anew_and_goes_on_to_the_same_bits(longest, device, tmp_path):
+    model = longnet_model(DilationPattern((8, 32, longest), (1, 4, 16)), hidden_dropout=0.1, device=device).float()
+    ids, targets = tokens_of(2, 300)
+
+    def go_on(folder, chunks=None):
+        """Go on from what the folder holds, and no gradient; return the shares of the work done."""
+        model.zero_grad(set_to_none=True)
+        with ChunkedStep(
+            model, reader_of(ids, targets), sequences=2, tokens=300, chunk_tokens=24, items=450, parts=2, seed=(1, 2),
+            folder=folder,
+        ) as step:  # fmt: skip
+            shares = [progress.share for progress in itertools.islice(step, chunks)]
+            step.save()
+            return step, shares
+
+    def lose(folder, share):
+        for log in folder.glob("rows-*.log"):
+            os.truncate(log, int(share * log.stat().st_size)) if share else log.unlink()
+
+    through, shares = go_on(tmp_path / "through")
+    expected, reread = gradients(model), set()
+    for count in range(1, len(shares) + 1, 3):
+        folder = tmp_path / str(count)
+        go_on(folder, count)
+        lose(folder, share=0.5)
+        _, again = go_on(folder, 2)
+        reread.add(bool(again) and again[0] <= shares[count - 1])
+        lose(folder, share=0)
+        step, rest = go_on(folder)
+        assert rest == sorted(rest)
+        assert step.loss == through.loss
+        found = gradients(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(gradient, found[name]) for name, gradient in expected.items()), count
+    assert reread == {False, True}
 
 
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):

@@ -136,10 +136,9 @@ class Tape:
         return self.states
 
     def forget(self) -> None:
-        """Begin anew, with an empty state."""
-        for x in (self.states, self.owed):
-            if x is not None:
-                x.zero_()
+        """Read anew, from an empty state; what later chunks owe stays."""
+        if self.states is not None:
+            self.states.zero_()
 
     def bring_home(self, chunk: Chunk) -> None:
         """Take over what a chunk's backward pass found: its debts are paid, those to earlier chunks are added."""

@@ -9,11 +9,9 @@ goes to a log on disk. Loss and gradients are those of one pass over the whole s
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import itertools
 import json
-import os
 import shutil
 import socket
 import tempfile
@@ -24,11 +22,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -40,8 +36,11 @@ from longnet.model.patterns import heads_of, kind_of
 from longnet.model.sequence_parallel import positions_of_slice, within_chunk
 from longnet.training.chunk_schedule import chunk_costs, order_of, rows_of, spans_of, tape_of, whole_rows
 from longnet.training.row_log import RowLog
+from longnet.training.step_save import digest, gradients_of, put_gradients, tensor_of, write_save
 
 T = TypeVar("T")
+
+Span = tuple[int, int]  # first chunk, one past the last
 
 Reader = Callable[[int, int], tuple[Tensor, Tensor]]
 
@@ -121,7 +120,9 @@ class ChunkedStep:
                 step.save()
         optimizer.step()
 
-    Made anew with the same folder, it continues from its last save to the same bits.
+    Made anew with the same folder, it continues from its last save to the same bits. Where the log is missing, or
+    shorter than was saved, the chunks that are still to be learned from are read anew: what must outlive a crash of the
+    disk is the save alone, which is small.
 
     Args:
         model: as in `chunked_gradients`.
@@ -199,6 +200,9 @@ class ChunkedStep:
         if any(other != schedules[0] for other in schedules):
             raise ValueError("ranks that learn in chunks together need sequences that are cut alike: the same bounds")
         self.loss, self.done = 0.0, 0
+        self._saved = 0  # what `done` was when it was saved or found last
+        self._opened: tuple[int, Span] | None = None  # part and span that the log is of
+        self._stops: dict[tuple[int, Span], int] = {}  # where spans end that are read anew: from there on is learned
         self._temporary = tempfile.TemporaryDirectory(prefix="longnet-step-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary is not None else cast("Path", folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +211,7 @@ class ChunkedStep:
         self._about = {**(about or {}), "tokens": tokens, "chunk": chunk_tokens, "rows": sequences, "parts": parts,
                        "items": items, "seed": seed, "ranks": len(schedules)}  # fmt: skip
         if folder is not None:
-            self._about["weights"] = _digest(self.inner)
+            self._about["weights"] = digest(self.inner)
             self._resume(is_over)
         self._refuse_full_disk(config, tokens, chunk_tokens)
 
@@ -235,17 +239,20 @@ class ChunkedStep:
         Raises:
             OSError: the log cannot be written; what was saved is whole.
         """
-        work = list(itertools.accumulate(3 if learns else 1 for *_, learns in self.schedule))
-        for index in range(self.done, len(self.schedule)):
+        work = [3 if learns else 1 for *_, learns in self.schedule]
+        due = [index for index in range(self.done, len(self.schedule)) if self._is_due(*self.schedule[index])]
+        left = sum(work[index] for index in due)
+        for index in due:
             part, span, chunk_index, is_learning = self.schedule[index]
             tape = self.tapes[part]
-            if index == 0 or self.schedule[index - 1][:2] != (part, span):
+            if self._opened != (part, span):
                 self._open(part, span)
             chunk = Chunk(tape, chunk_index, is_learning=is_learning)
             self._restore_or_learn(chunk, part, span) if is_learning else self._read(chunk, part)
             self.done = index + 1
+            left -= work[index]
             yield ChunkProgress(
-                is_learning, self.rows * (chunk.stop - chunk.start), chunk_index, tape.chunks, work[index] / work[-1]
+                is_learning, self.rows * (chunk.stop - chunk.start), chunk_index, tape.chunks, 1 - left / sum(work)
             )
 
     def save(self) -> None:
@@ -259,7 +266,7 @@ class ChunkedStep:
         """
         if self._temporary is not None:
             raise ValueError("a step without a folder of its own cannot be saved: give one")
-        if not self.done:
+        if self.done == self._saved:
             return
         path = self.folder / f"step-{self.done}.safetensors"
         error = None
@@ -272,13 +279,13 @@ class ChunkedStep:
             if self._whole != path:
                 path.unlink(missing_ok=True)
             raise OSError(told) from error
-        self._whole = path
+        self._whole, self._saved = path, self.done
         for left in (*self.folder.glob("rows-*.log"), *self.folder.glob("step-*")):
             if left != path and (self._log is None or left != self._log.path):
                 left.unlink()
 
     def _write(self, path: Path) -> None:
-        part = self.schedule[self.done - 1][0]
+        part, span, *_ = self.schedule[self.done - 1]
         tape, tensors = self.tapes[part], {}
         if self._log is not None:
             self._log.sync()
@@ -286,20 +293,9 @@ class ChunkedStep:
             if x is not None and x.numel():
                 tensors[name] = x.contiguous().cpu()
         self._share_out()
-        for name, weight in self.inner.named_parameters():
-            if weight.grad is not None:
-                tensors[f"grad/{name}"] = _share_of(weight.grad).contiguous().cpu()
-        metadata = {"about": json.dumps(self._about), "done": str(self.done), "loss": self.loss.hex()}
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial, metadata)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"cannot write {path}: {error}; make room and resume") from error
-        _sync_folder(self.folder)
+        metadata = {"about": json.dumps(self._about), "done": str(self.done), "loss": self.loss.hex(),
+                    "stop": str(self._stop_of(part, span))}  # fmt: skip
+        write_save(path, {**tensors, **gradients_of(self.inner)}, metadata)
 
     def _resume(self, is_over: Callable[[dict[str, Any]], bool]) -> None:
         saved, other = {}, None
@@ -323,23 +319,25 @@ class ChunkedStep:
                 left.unlink()
             return
         self._whole = saved[self.done]
-        part, span, _, _ = self.schedule[self.done - 1]
+        part, span, chunk, is_learning = self.schedule[self.done - 1]
         tape = self.tapes[part]
         with safe_open(self._whole, "pt", device="cpu") as file:
-            self.loss = float.fromhex(file.metadata()["loss"])
-            names = set(file.keys())
-            # Into memory of torch's own: kernels round otherwise where it is aligned otherwise.
-            if "states" in names:
-                tape.states = file.get_tensor("states").to(self.device, copy=True)
-            if "owed" in names:
-                tape.owed = file.get_tensor("owed").to(self.device, copy=True)
-            for name, weight in self.inner.named_parameters():
-                at = f"grad/{name}"
-                gradient = file.get_tensor(at).to(weight.device, copy=True) if at in names else None
-                weight.grad = None if gradient is None else _as_shared_out(gradient, weight)
-        self._log = self._log_of(part, span)
+            metadata = file.metadata()
+            self.loss = float.fromhex(metadata["loss"])
+            self._stops[part, span] = int(metadata.get("stop", span[1]))
+            tape.states, tape.owed = (tensor_of(file, name, self.device) for name in ("states", "owed"))
+            put_gradients(self.inner, file)
+        self._log, self._opened = self._log_of(part, span), (part, span)
+        is_short = False
         if tape.states is not None:
             self._log.offsets = self._offsets(tape, span)
+            is_short = not self._log.reaches(chunk + (not is_learning))
+        if any(self._told_by_all(is_short)):
+            if is_learning:
+                self._stops[part, span] = chunk
+            self.done = next(index for index, (*at, _, _) in enumerate(self.schedule) if at == [part, span])
+            self._opened = None
+        self._saved = self.done
 
     def _told_by_all(self, value: T) -> list[T]:
         """Return what each rank says, in their order."""
@@ -355,19 +353,26 @@ class ChunkedStep:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _open(self, part: int, span: tuple[int, int]) -> None:
+    def _stop_of(self, part: int, span: Span) -> int:
+        """Return one past the last chunk of a span that is still to be learned from when it is read."""
+        return self._stops.get((part, span), span[1])
+
+    def _is_due(self, part: int, span: Span, chunk: int, is_learning: bool) -> bool:
+        return chunk < self._stop_of(part, span) - (not is_learning)
+
+    def _open(self, part: int, span: Span) -> None:
         if self._log is not None:
             self._log.close()
             if self._temporary is not None:
                 self._log.path.unlink(missing_ok=True)
-        self._log = self._log_of(part, span)
+        self._log, self._opened = self._log_of(part, span), (part, span)
         self.tapes[part].forget()
 
-    def _log_of(self, part: int, span: tuple[int, int]) -> RowLog:
+    def _log_of(self, part: int, span: Span) -> RowLog:
         path = self.folder / f"rows-{part}-{span[0]}.log"
         return RowLog(path, torch.cuda if self.device.type == "cuda" else None)
 
-    def _offsets(self, tape: Tape, span: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    def _offsets(self, tape: Tape, span: Span) -> dict[int, tuple[int, int]]:
         """Return where the log holds what each chunk overwrote, and how many rows."""
         states = tape.read_states
         row = 2 * states.shape[5] * states.element_size()
@@ -386,9 +391,9 @@ class ChunkedStep:
             log.offsets = self._offsets(chunk.tape, span)
         log.write(chunk.index, chunk.replaced())
 
-    def _restore_or_learn(self, chunk: Chunk, part: int, span: tuple[int, int]) -> None:
+    def _restore_or_learn(self, chunk: Chunk, part: int, span: Span) -> None:
         tape = chunk.tape
-        if chunk.index < span[1] - 1:
+        if chunk.index < self._stop_of(part, span) - 1:
             states = tape.read_states
             rows = cast("RowLog", self._log).read(chunk.index, states.shape[5], states.dtype)
             chunk.restore(rows.to(self.device))
@@ -464,32 +469,3 @@ def _model_within(model: nn.Module) -> PreTrainedModel:
 def _finds_its_place(model: PreTrainedModel) -> bool:
     """Say whether a model knows of chunks by itself, as LongNet does: its positions, and its loss."""
     return isinstance(model, LongNetForCausalLM)
-
-
-def _share_of(x: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _as_shared_out(share: Tensor, weight: Tensor) -> Tensor:
-    """Return this rank's share of a gradient as one of a tensor that is shared out as its weight is."""
-    if not isinstance(weight, DTensor):
-        return share
-    return DTensor.from_local(
-        share, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for weight in model.parameters():
-        digest.update(memoryview(_share_of(weight.detach()).cpu().contiguous().view(torch.uint8).reshape(-1).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -63,6 +63,10 @@ class RowLog:
         self._land()
         self._on_the_way = offset, buffer[: len(data)], there
 
+    def reaches(self, index: int) -> bool:
+        """Say whether the file is as long as the rows of all chunks before this one."""
+        return os.fstat(self._file).st_size >= self.offsets[index][0]
+
     def read(self, index: int, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Return a chunk's rows (n, 2, D) on the CPU.
 
