@@ -68,6 +68,8 @@ def learn(model, split: Split, arguments: argparse.Namespace) -> dict[str, float
         model.train(), read, sequences=1, tokens=arguments.tokens, chunk_tokens=arguments.chunk_tokens,
         items=arguments.tokens, folder=folder,
     ) as step:  # fmt: skip
+        if step.reread:
+            print(f"the log is missing or too short: {step.reread:,} chunks are read anew", flush=True)
         for progress in step:
             if time.perf_counter() - saved >= arguments.save_seconds or progress.share == 1:
                 step.save()

@@ -207,8 +207,11 @@ def shared_out(rank, ranks, device="cpu"):
     return errors
 
 
-def chunked_shared_out(rank, ranks, folder, device="cpu"):
-    """A step in chunks on ranks with FSDP2, saved, and resumed where a rank has one save less: errors, and where."""
+def chunked_shared_out(rank, ranks, folder, loser, device="cpu"):
+    """A step in chunks on ranks with FSDP2, saved, and resumed where a rank has one save less: errors, and where.
+
+    The rank `loser`, if there is one, has lost its log.
+    """
     config, shards = ParallelConfig(dp=ranks), init_device_mesh(device, (ranks,))
     shared = Ranks(config=config, device=torch.device(device), rank=rank, shards=shards)
     generator = torch.Generator().manual_seed(5)
@@ -247,9 +250,11 @@ def chunked_shared_out(rank, ranks, folder, device="cpu"):
     shutil.copy(own.with_suffix(".16"), own / "step-16.safetensors")
     if rank:  # killed before it had saved
         (own / "step-21.safetensors").unlink()
+    if rank == loser:
+        (own / "rows-1-0.log").unlink()
     net.zero_grad()
     with step() as second:
-        found.append(second.done)
+        found += [second.done, second.reread]
         for _ in second:
             pass
     errors = {}

@@ -87,7 +87,7 @@ def test_a_step_whose_log_is_lost_reads_anew_and_goes_on_to_the_same_bits(longes
     model = longnet_model(DilationPattern((8, 32, longest), (1, 4, 16)), hidden_dropout=0.1, device=device).float()
     ids, targets = tokens_of(2, 300)
 
-    def go_on(folder, chunks=None):
+    def go_on(folder, chunks=None, *, saves=True):
         """Go on from what the folder holds, and no gradient; return the shares of the work done."""
         model.zero_grad(set_to_none=True)
         with ChunkedStep(
@@ -95,7 +95,8 @@ def test_a_step_whose_log_is_lost_reads_anew_and_goes_on_to_the_same_bits(longes
             folder=folder,
         ) as step:  # fmt: skip
             shares = [progress.share for progress in itertools.islice(step, chunks)]
-            step.save()
+            if saves:
+                step.save()
             return step, shares
 
     def lose(folder, share):
@@ -111,6 +112,9 @@ def test_a_step_whose_log_is_lost_reads_anew_and_goes_on_to_the_same_bits(longes
         _, again = go_on(folder, 2)
         reread.add(bool(again) and again[0] <= shares[count - 1])
         lose(folder, share=0)
+        go_on(folder, 3, saves=False)
+        for log in folder.glob("rows-*.log"):  # no save has put these rows on the disk, which fails now
+            log.write_bytes(bytes(log.stat().st_size))
         step, rest = go_on(folder)
         assert rest == sorted(rest)
         assert step.loss == through.loss
@@ -153,6 +157,20 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
     second.discard()
     with pytest.raises(ValueError, match=r"takes .* GB, and .* has 1e-06 GB: make room, or take longer chunks"):
         step()
+    monkeypatch.undo()
+    with step() as third:
+        for _ in itertools.islice(third, 15):  # 10 chunks are read, and 5 of 11 learned from
+            pass
+        third.save()
+    (log,) = (tmp_path / "step").glob("rows-*.log")
+    whole_log = log.stat().st_size
+    monkeypatch.setattr(chunked.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert step().reread == 0  # all of it lies there
+    log.unlink()
+    with pytest.raises(ValueError, match=r"has 0 GB: make room$"):
+        step()
+    monkeypatch.setattr(chunked.shutil, "disk_usage", lambda _: SimpleNamespace(free=whole_log - 1))
+    assert step().reread == 5
 
 
 def test_a_step_of_other_weights_is_not_continued_and_deleted_only_once_it_counts(tmp_path):
@@ -184,9 +202,9 @@ def test_a_step_of_other_weights_is_not_continued_and_deleted_only_once_it_count
     assert not list((tmp_path / "step").iterdir())
 
 
-@pytest.mark.parametrize("at_step", [0, 2])
+@pytest.mark.parametrize(("at_step", "is_lost", "chunks"), [(0, False, 0), (2, False, 0), (2, True, 3)])
 def test_a_signal_stops_a_run_within_a_step_and_it_goes_on_to_the_same_bits(
-    make_recipe, tmp_path, monkeypatch, at_step, capsys
+    make_recipe, tmp_path, monkeypatch, at_step, is_lost, chunks, capsys
 ):
     recipe = make_recipe(train={"steps": 4, "chunk_tokens": 5, "accumulate": 2, "log_every": 1})
     train(recipe, tmp_path / "through", progress=False)
@@ -203,11 +221,15 @@ def test_a_signal_stops_a_run_within_a_step_and_it_goes_on_to_the_same_bits(
         summary = train(recipe, tmp_path / "stopped")
     assert (summary.step, summary.stopped_by) == (at_step, signal.SIGINT)
     assert f"step {at_step + 1}/4  " in capsys.readouterr().out
+    if is_lost:
+        next((tmp_path / "stopped/step").rglob("rows-*.log")).unlink()
     before = len(calls)
     monkeypatch.setattr(Windows, "batch", interrupt)
     summary = train(recipe, tmp_path / "stopped", resume=True, progress=False)
     assert (summary.step, summary.stopped_by) == (4, None)
     again = [step for step, _ in calls[before:]]
-    assert again.count(at_step) == again.count(3) - 9  # the chunks before are not computed again
+    assert again.count(at_step) == again.count(3) - 9 + chunks  # the chunks before are not computed again
+    warned = f"the log of step {at_step + 1} is missing or too short: {chunks} chunks are read anew"
+    assert (warned in capsys.readouterr().err) == is_lost
     assert lines(tmp_path / "stopped") == lines(tmp_path / "through")
     assert tensors(summary.model_folder) == tensors(tmp_path / "through/checkpoints/step-00000004")

@@ -97,11 +97,14 @@ def test_gradients_added_up_over_both_axes_are_those_of_one_device(tmp_path, ran
             assert error <= 1e-12, name
 
 
-@pytest.mark.parametrize(("ranks", "device", "save"), [(2, "cpu", 16), pytest.param(1, "cuda", 21, marks=ON_CUDA)])
-def test_a_step_in_chunks_on_ranks_goes_on_from_a_save_that_all_have(tmp_path, ranks, device, save):
+@pytest.mark.parametrize(
+    ("ranks", "device", "loser", "save", "reread"),
+    [(2, "cpu", None, 16, 0), (2, "cpu", 1, 13, 6), pytest.param(1, "cuda", None, 21, 0, marks=ON_CUDA)],
+)
+def test_a_step_in_chunks_on_ranks_goes_on_from_a_save_that_all_have(tmp_path, ranks, device, loser, save, reread):
     check, backend = "parallel_checks:chunked_shared_out", BACKENDS[device]
-    for found, errors in run_ranks(check, ranks, tmp_path, str(tmp_path), device, backend=backend):
-        assert found == [21, True, save]
+    for found, errors in run_ranks(check, ranks, tmp_path, str(tmp_path), loser, device, backend=backend):
+        assert found == [21, True, save, reread]
         assert len(errors) > 20
         for name, error in errors.items():
             assert error <= 1e-12, name

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longnet.attention.chunks import Chunk, Tape
 from longnet.attention.dilated import document_bounds, padding_bounds
@@ -34,7 +34,7 @@ from longnet.model import LongNetForCausalLM
 from longnet.model.loss import IGNORED
 from longnet.model.patterns import heads_of, kind_of
 from longnet.model.sequence_parallel import positions_of_slice, within_chunk
-from longnet.training.chunk_schedule import chunk_costs, order_of, rows_of, spans_of, tape_of, whole_rows
+from longnet.training.chunk_schedule import order_of, rows_of, spans_of, tape_of, whole_rows
 from longnet.training.row_log import RowLog
 from longnet.training.step_save import digest, gradients_of, put_gradients, tensor_of, write_save
 
@@ -121,8 +121,8 @@ class ChunkedStep:
         optimizer.step()
 
     Made anew with the same folder, it continues from its last save to the same bits. Where the log is missing, or
-    shorter than was saved, the chunks that are still to be learned from are read anew: what must outlive a crash of the
-    disk is the save alone, which is small.
+    shorter than was saved, the chunks that are still to be learned from are read anew, so that a copy of the save alone
+    is enough to go on from.
 
     Args:
         model: as in `chunked_gradients`.
@@ -143,6 +143,7 @@ class ChunkedStep:
 
     Attributes:
         loss: so far; of the whole once the iteration has ended.
+        reread: chunks that will be read once more, since the log was lost.
 
     Raises:
         ValueError: a model or arguments that do not do, a folder that holds another step, or a log that does not fit on
@@ -199,10 +200,11 @@ class ChunkedStep:
         schedules = self._told_by_all(self.schedule)
         if any(other != schedules[0] for other in schedules):
             raise ValueError("ranks that learn in chunks together need sequences that are cut alike: the same bounds")
-        self.loss, self.done = 0.0, 0
-        self._saved = 0  # what `done` was when it was saved or found last
+        self.loss, self.done, self.reread = 0.0, 0, 0
+        self._saved = 0  # what `done` was when there was nothing to save
         self._opened: tuple[int, Span] | None = None  # part and span that the log is of
-        self._stops: dict[tuple[int, Span], int] = {}  # where spans end that are read anew: from there on is learned
+        self._losses = 0  # of logs: each new one has another name, so that no older save relies on it
+        self._stops: dict[tuple[int, Span], int] = {}  # of a span that is read anew: from this chunk on it is learned
         self._temporary = tempfile.TemporaryDirectory(prefix="longnet-step-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary is not None else cast("Path", folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +215,7 @@ class ChunkedStep:
         if folder is not None:
             self._about["weights"] = digest(self.inner)
             self._resume(is_over)
-        self._refuse_full_disk(config, tokens, chunk_tokens)
+        self._refuse_full_disk(heads_of(config)[1])
 
     def __enter__(self) -> ChunkedStep:
         return self
@@ -248,7 +250,7 @@ class ChunkedStep:
             if self._opened != (part, span):
                 self._open(part, span)
             chunk = Chunk(tape, chunk_index, is_learning=is_learning)
-            self._restore_or_learn(chunk, part, span) if is_learning else self._read(chunk, part)
+            self._restore_and_learn(chunk, part, span) if is_learning else self._read(chunk, part, span)
             self.done = index + 1
             left -= work[index]
             yield ChunkProgress(
@@ -258,7 +260,8 @@ class ChunkedStep:
     def save(self) -> None:
         """Write where the step stands, whole or not at all: `ChunkedStep` with this folder goes on from there.
 
-        Every rank must call it after the same chunk. What was saved before goes once all ranks have saved.
+        Every rank must call it after the same chunk. What was saved before goes once all ranks have saved. Without a
+        chunk since, nothing is written.
 
         Raises:
             ValueError: a step in a temporary folder.
@@ -293,8 +296,8 @@ class ChunkedStep:
             if x is not None and x.numel():
                 tensors[name] = x.contiguous().cpu()
         self._share_out()
-        metadata = {"about": json.dumps(self._about), "done": str(self.done), "loss": self.loss.hex(),
-                    "stop": str(self._stop_of(part, span))}  # fmt: skip
+        about = {**self._about, "reread": [self._losses, self._stop_of(part, span)]} if self._losses else self._about
+        metadata = {"about": json.dumps(about), "done": str(self.done), "loss": self.loss.hex()}
         write_save(path, {**tensors, **gradients_of(self.inner)}, metadata)
 
     def _resume(self, is_over: Callable[[dict[str, Any]], bool]) -> None:
@@ -304,6 +307,7 @@ class ChunkedStep:
             with safe_open(path, "pt", device="cpu") as file:
                 metadata = file.metadata()
             about = json.loads(metadata["about"])
+            about.pop("reread", None)
             if about == own:
                 saved[int(metadata["done"])] = path
             elif not is_over(about):
@@ -319,24 +323,28 @@ class ChunkedStep:
                 left.unlink()
             return
         self._whole = saved[self.done]
+        self._load(self._whole)
+
+    def _load(self, path: Path) -> None:
         part, span, chunk, is_learning = self.schedule[self.done - 1]
         tape = self.tapes[part]
-        with safe_open(self._whole, "pt", device="cpu") as file:
+        with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata()
             self.loss = float.fromhex(metadata["loss"])
-            self._stops[part, span] = int(metadata.get("stop", span[1]))
+            self._losses, self._stops[part, span] = json.loads(metadata["about"]).get("reread", (0, span[1]))
             tape.states, tape.owed = (tensor_of(file, name, self.device) for name in ("states", "owed"))
             put_gradients(self.inner, file)
         self._log, self._opened = self._log_of(part, span), (part, span)
-        is_short = False
+        is_lost = False
         if tape.states is not None:
             self._log.offsets = self._offsets(tape, span)
-            is_short = not self._log.reaches(chunk + (not is_learning))
-        if any(self._told_by_all(is_short)):
+            is_lost = not self._log.reaches(chunk + (not is_learning))
+        if any(self._told_by_all(is_lost)):
+            self._losses, self._opened = self._losses + 1, None
             if is_learning:
-                self._stops[part, span] = chunk
-            self.done = next(index for index, (*at, _, _) in enumerate(self.schedule) if at == [part, span])
-            self._opened = None
+                self._stops[part, span] = chunk  # from here on has been learned
+            self.done = self.schedule.index((part, span, span[0], False))
+            self.reread = self._stop_of(part, span) - 1 - span[0]
         self._saved = self.done
 
     def _told_by_all(self, value: T) -> list[T]:
@@ -369,7 +377,7 @@ class ChunkedStep:
         self.tapes[part].forget()
 
     def _log_of(self, part: int, span: Span) -> RowLog:
-        path = self.folder / f"rows-{part}-{span[0]}.log"
+        path = self.folder / f"rows-{part}-{span[0]}{f'-{self._losses}' if self._losses else ''}.log"
         return RowLog(path, torch.cuda if self.device.type == "cuda" else None)
 
     def _offsets(self, tape: Tape, span: Span) -> dict[int, tuple[int, int]]:
@@ -381,17 +389,16 @@ class ChunkedStep:
         return {index: (start * row, count)
                 for index, start, count in zip(range(*span), starts, counts, strict=False)}  # fmt: skip
 
-    def _read(self, chunk: Chunk, part: int) -> None:
+    def _read(self, chunk: Chunk, part: int, span: Span) -> None:
         ids, _ = self._tokens(chunk, part)
         with torch.no_grad(), within_chunk(chunk), self._seeded(chunk, part), self.autocast:
             self.model(**self._inputs(chunk, ids), logits_to_keep=1)
-        span = self.schedule[self.done][1]
         log = cast("RowLog", self._log)
         if not log.offsets:
             log.offsets = self._offsets(chunk.tape, span)
         log.write(chunk.index, chunk.replaced())
 
-    def _restore_or_learn(self, chunk: Chunk, part: int, span: Span) -> None:
+    def _restore_and_learn(self, chunk: Chunk, part: int, span: Span) -> None:
         tape = chunk.tape
         if chunk.index < self._stop_of(part, span) - 1:
             states = tape.read_states
@@ -434,19 +441,24 @@ class ChunkedStep:
             torch.manual_seed(int(words[0]))
             yield
 
-    def _refuse_full_disk(self, config: PreTrainedConfig, tokens: int, chunk_tokens: int) -> None:
-        itemsize = max(2, next(self.model.parameters()).element_size())
-        costs = chunk_costs(config, tokens=tokens, chunk_tokens=chunk_tokens, sequences=self.rows, itemsize=itemsize)
-        there = sum(path.stat().st_size for path in self.folder.glob("rows-*.log"))
-        free = shutil.disk_usage(self.folder).free
-        disk = socket.gethostname(), self.folder.stat().st_dev
-        logs = self._told_by_all(disk).count(disk)
-        if logs * (costs.log - there) > free:
-            raise ValueError(
-                f"the log of a step of {tokens:,} tokens in chunks of {chunk_tokens:,} takes "
-                f"{logs * costs.log / 1e9:.3g} GB, "
-                f"and {self.folder} has {free / 1e9:.3g} GB: make room, or take longer chunks"
-            )
+    def _refuse_full_disk(self, head_dim: int) -> None:
+        row = 2 * head_dim * max(2, next(self.model.parameters()).element_size())
+        needed, given = 0, [tape.rows_given(self.heads) for tape in self.tapes]
+        for part, span in dict.fromkeys((part, span) for part, span, *_ in self.schedule[self.done :]):
+            rows = int(given[part][span[0] : self._stop_of(part, span)].sum())
+            there = self._log.path.stat().st_size if self._log and self._opened == (part, span) else 0
+            needed = max(needed, row * rows - there)
+        disk, free = (socket.gethostname(), self.folder.stat().st_dev), shutil.disk_usage(self.folder).free
+        told = self._told_by_all((disk, needed, free, str(self.folder)))
+        for disk, _, free, folder in told:
+            wanted = sum(other for there, other, *_ in told if there == disk)
+            if wanted > free:
+                tape = self.tapes[0]
+                raise ValueError(
+                    f"the log of a step of {tape.tokens:,} tokens in chunks of {tape.chunk_tokens:,} takes "
+                    f"{wanted / 1e9:.3g} GB, and {folder} has {free / 1e9:.3g} GB: make room"
+                    f"{'' if self._whole else ', or take longer chunks'}"
+                )
 
 
 def _model_within(model: nn.Module) -> PreTrainedModel:

@@ -94,6 +94,8 @@ def learn_in_chunks(
         autocast=autocast, seed=(config.seed, step, ranks.rank), folder=folder / f"rank-{ranks.rank}",
         group=ranks.group, about={**about, "step": step}, is_over=lambda other: other["step"] != step,
     ) as learning:  # fmt: skip
+        if learning.reread:
+            screen.warn(f"the log of step {step + 1} is missing or too short: {learning.reread:,} chunks are read anew")
         started = saved = time.perf_counter()
         before: ChunkProgress | None = None
         tokens = 0
