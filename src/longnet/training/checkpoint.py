@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,7 @@ class Saving:
     """
 
     def __init__(self) -> None:
-        self._future: Future[Path] | None = None
+        self._future: futures.Future[Path] | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -160,7 +160,7 @@ class Saving:
     def start(self, save: Callable[[], Path]) -> None:
         """Begin to write a checkpoint, once the one before is written; raise what that raised."""
         self.wait()
-        future: Future[Path] = Future()
+        future: futures.Future[Path] = futures.Future()
         self._future = future
 
         def run() -> None:
@@ -175,21 +175,28 @@ class Saving:
 
     def _outlast(self) -> None:
         """Let the thread end before Python shuts down, unless Ctrl-C is pressed once more."""
-        if self._thread is not None:
-            try:
-                self._thread.join()
-            except KeyboardInterrupt:
-                end_at_once(128 + signal.SIGINT)
+        try:
+            self._join()
+        except KeyboardInterrupt:
+            end_at_once(128 + signal.SIGINT)
 
     def wait(self) -> Path | None:
         """Return the checkpoint begun last, once it is written, None where there is none; raise what was raised.
 
         The thread has then ended: one that still frees its copies of the weights when Python shuts down aborts it.
         """
-        if self._thread is not None:
-            self._thread.join()
+        if self._join():
             atexit.unregister(self._outlast)
         return self._future.result() if self._future is not None else None
+
+    def _join(self) -> bool:
+        """Return once the thread has ended, if there is one; say whether there is."""
+        if self._future is None or self._thread is None:
+            return False
+        # Ctrl-C comes here, as a rule: one that interrupts `join` makes Python 3.11 take the thread for one that ended.
+        futures.wait([self._future])
+        self._thread.join()
+        return True
 
 
 def end_at_once(status: int) -> NoReturn:
