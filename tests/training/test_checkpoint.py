@@ -125,7 +125,7 @@ def test_a_full_disk_costs_nothing(run, monkeypatch):
     def full(_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(module, "sync", full)
     with pytest.raises(OSError, match="the disk is full") as raised:
         save_checkpoint(run, 4, write(b"x"), keep=1)
     assert "Errno" not in str(raised.value)

@@ -214,7 +214,7 @@ def test_nothing_whole_is_no_new_beginning(whole, tmp_path, monkeypatch):
 
 def test_a_full_disk_costs_the_checkpoint_alone(whole, tmp_path, monkeypatch):
     recipe, expected = whole
-    real = checkpoint_module._sync
+    real = checkpoint_module.sync
 
     def full(path):
         if "step-00000008" in str(path) and path.parent.name == "optimizer":
@@ -222,7 +222,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(whole, tmp_path, monkeypatch):
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_sync", full)
+        patch.setattr(checkpoint_module, "sync", full)
         with pytest.raises(
             OSError, match=r"checkpoint of step 8 .*: the disk is full; the previous one, .*4, is whole"
         ):

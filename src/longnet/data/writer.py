@@ -32,6 +32,7 @@ from longnet.data.shards import (
     sha256,
     token_dtype,
 )
+from longnet.durable import sync
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +93,7 @@ class GrowingArray:
         self.sync()
         self._file.close()
         self.path.replace(path)
-        _sync_name(path.parent)
+        sync(path.parent)
 
     def close(self) -> None:
         """Close the file where it is."""
@@ -294,7 +295,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say what it had no room for
         raise
-    _sync_name(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -310,21 +311,21 @@ def write_whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync_name(file)
+            sync(file)
         temporary.rename(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # how safetensors tells of a full disk
             raise OSError(f"cannot write {path}: {error}") from error
         raise
-    _sync_name(path.parent)
+    sync(path.parent)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a Hugging Face tokenizer, and wait until the disk holds it."""
     tokenizer.save_pretrained(folder)
     for path in [folder, *folder.rglob("*")]:
-        _sync_name(path)
+        sync(path)
 
 
 def publish(folder: Path) -> None:
@@ -341,9 +342,9 @@ def publish(folder: Path) -> None:
     for path in written:
         if path.is_file() and path.relative_to(folder).as_posix() not in names:
             path.unlink()
-    _sync_name(folder)
+    sync(folder)
     (work / INDEX).replace(folder / INDEX)
-    _sync_name(folder)
+    sync(folder)
     shutil.rmtree(work)
 
 
@@ -371,12 +372,3 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _sync_name(path: Path) -> None:
-    """Wait until the disk holds a file, or the names in a folder, a rename among them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

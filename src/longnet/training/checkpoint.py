@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from safetensors import SafetensorError
 
+from longnet.durable import sync
+
 _FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 STATE = "state.json"  # what tells a checkpoint from other Hugging Face folders
@@ -296,8 +298,8 @@ def _finish(partial: Path, final: Path) -> None:
         _remove(doomed)
         final.rename(doomed)
     partial.rename(final)
-    _sync(final.parent)
-    _sync(final.parent.parent)
+    sync(final.parent)
+    sync(final.parent.parent)
 
 
 def _give_up(partial: Path, run: Path) -> str:
@@ -310,27 +312,19 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            _sync(path)
+            sync(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         else:
-            _sync(path)
+            sync(path)
     manifest = folder / _MANIFEST
     manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-    _sync(manifest)
-    _sync(folder)
+    sync(manifest)
+    sync(folder)
 
 
 def _remove(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from longnet.durable import sync
 
 
 def write_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -23,13 +24,12 @@ def write_save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     partial = path.with_suffix(".partial")
     try:
         save_file(tensors, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         partial.replace(path)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; make room and resume") from error
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def tensor_of(file: Any, name: str, device: torch.device) -> Tensor | None:
@@ -73,11 +73,3 @@ def digest(model: nn.Module) -> str:
 
 def _share_of(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
