@@ -5,7 +5,7 @@ import re
 import pytest
 
 from longnet.comparison.document import Code, Document, Heading, Headline, Picture, Points, Table, Text, write_text
-from longnet.plots import Curve, draw_curves
+from longnet.plots.charts import Curve, draw_curves
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

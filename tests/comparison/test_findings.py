@@ -10,7 +10,7 @@ from longnet.comparison.cell import CellResult
 from longnet.comparison.report import _nearest_in_cost
 from longnet.comparison.systems import SYSTEMS, kind_of, title_of
 from longnet.evaluation.perplexity import ContextResult, paired_difference
-from longnet.plots import name_length
+from longnet.plots.names import name_length
 
 
 def cell(attention, length, losses, *, flops=100, training=(3.0, 2.0)):

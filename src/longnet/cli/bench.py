@@ -44,7 +44,7 @@ def bench_attention(
 
     from longnet.bench import attention, record
     from longnet.measurement import take_device
-    from longnet.plots import draw_runtime
+    from longnet.plots.charts import draw_runtime
 
     if model is not None:
         device_given = None if device == "auto" else device

@@ -250,7 +250,7 @@ def _in_words(value: object) -> str:
 
 def _draw(config: PreTrainedConfig, tokens: int, output: Path) -> None:
     from longnet.model.patterns import pattern_of
-    from longnet.plots import draw_pattern
+    from longnet.plots.patterns import draw_pattern
 
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     draw_pattern(pattern_of(config), output, tokens=tokens, num_heads=heads)

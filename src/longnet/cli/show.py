@@ -92,7 +92,7 @@ def _draw(
         return [f"page   {page}", *lacking]
     if output is None:
         return []
-    from longnet.plots import draw_pattern
+    from longnet.plots.patterns import draw_pattern
 
     draw_pattern(pattern, output, tokens=tokens, num_heads=heads, is_causal=causal)
     return [f"drawn  {output}"]

@@ -69,7 +69,7 @@ def stream(
     from longnet.evaluation import stream as reading
     from longnet.measurement import provenance, take_device
     from longnet.model.patterns import dilated_by, pattern_of
-    from longnet.plots import draw_by_position
+    from longnet.plots.charts import draw_by_position
 
     check_folder(output)
     at_least_one(chunk=chunk, save_every=save_every, **({} if tokens is None else {"tokens": tokens}))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longnet.comparison.systems import check_systems, fields_of, name_of, title_of
-from longnet.plots import name_length
+from longnet.plots.names import name_length
 from longnet.training.config import Recipe, Tables
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longnet.plots import css_variables, inline_svg
+from longnet.plots.charts import css_variables, inline_svg
 
 
 @dataclass(frozen=True)

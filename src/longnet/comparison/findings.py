@@ -9,7 +9,7 @@ from longnet.comparison.cell import CellResult
 from longnet.comparison.systems import kind_of, order_of, title_of
 from longnet.evaluation.perplexity import Difference, paired_difference
 from longnet.evaluation.record import judge, successive, with_error
-from longnet.plots import name_length
+from longnet.plots.names import name_length
 
 _PAPER_TOKENS = 300_000 * 500_000  # arXiv:2307.02486 §4.1: 300K steps of 0.5M tokens
 

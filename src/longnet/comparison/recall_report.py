@@ -13,7 +13,7 @@ from longnet.comparison.document import Code, Document, Heading, Headline, Pictu
 from longnet.comparison.recall import RecallCellResult, RecallOutcome
 from longnet.comparison.systems import kind_of, order_of, title_of
 from longnet.evaluation.recall import RecallResult, RecallTask
-from longnet.plots import Curve, draw_curves
+from longnet.plots.charts import Curve, draw_curves
 from longnet.training.config import to_toml
 
 _BAR = 0.95  # of what dense attention recalls, in every bucket of distance

@@ -23,7 +23,8 @@ from longnet.comparison.timing import Timing
 from longnet.evaluation.perplexity import paired_difference
 from longnet.evaluation.record import position_curve
 from longnet.measurement import ratio
-from longnet.plots import Curve, draw_curves, name_length
+from longnet.plots.charts import Curve, draw_curves
+from longnet.plots.names import name_length
 from longnet.training.config import to_toml
 
 _MOST_PAIRS = 6  # curves of differences that a picture holds

@@ -17,7 +17,9 @@ from longnet.model import LongNetConfig
 from longnet.model.budget import count_parameters, step_flops
 from longnet.model.cost import attention_flops
 from longnet.model.patterns import pattern_of
-from longnet.plots import Curve, draw_curves, draw_pattern, name_length
+from longnet.plots.charts import Curve, draw_curves
+from longnet.plots.names import name_length
+from longnet.plots.patterns import draw_pattern
 
 _DRAWN_TOKENS = 2**17
 

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from longnet.evaluation.passkey import PasskeyResult
 from longnet.evaluation.perplexity import ContextResult, Difference, paired_difference
-from longnet.plots import Curve, draw_curves, name_length
+from longnet.plots.charts import Curve, draw_curves
+from longnet.plots.names import name_length
 
 _ROUNDING = 1e-5  # nats per token
 

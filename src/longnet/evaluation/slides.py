@@ -20,7 +20,7 @@ from longnet.data.slides import SlideFeatures, count_tiles, import_h5py, open_na
 from longnet.data.writer import write_whole
 from longnet.model.attention_maps import watch_received
 from longnet.model.slides import LongNetSlideConfig, LongNetSlideModel, SlideOutput, collate_slides
-from longnet.plots import draw_heat_map
+from longnet.plots.heat_map import draw_heat_map
 
 Format = Literal["safetensors", "h5"]
 
