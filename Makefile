@@ -63,7 +63,7 @@ $(OLDEST): $(INSTALLED)
 
 test-oldest: $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(PYTEST) --numprocesses 2 --dist loadfile -m "not deep and not gpu and not browser" \
-	  $(addprefix tests/,model evaluation training comparison bench cli)
+	  $(addprefix tests/,model evaluation training comparison bench cli data/test_tokenizer.py)
 
 wheel: install
 	rm -rf dist

@@ -45,7 +45,7 @@ def test_mistakes_are_one_line(call, run_folder, tmp_path, capsys):
         ((run_folder, "--prompt", "a", "--tokens", "0"), "tokens must be at least 1"),
         ((run_folder, "--prompt", "a", "--top-p", "2"), "top_p must be above 0"),
         ((tmp_path / "none", "--prompt", "a"), "there is no folder"),
-        ((bare, "--prompt", "a"), "holds no tokenizer"),
+        ((bare, "--prompt", "a"), "holds no Hugging Face tokenizer"),
     ]
     for arguments, message in cases:
         assert call("generate", *arguments) == 2, arguments

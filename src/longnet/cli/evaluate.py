@@ -52,9 +52,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from longnet.cli.model import load_model, load_tokenizer
+    from longnet.cli.model import load_model
     from longnet.data.shards import TokenData
-    from longnet.data.tokenizer import refuse_other_vocabulary
+    from longnet.data.tokenizer import open_tokenizer, refuse_other_vocabulary
     from longnet.evaluation.passkey import doubling_distances, iterate_passkey, make_prompts
     from longnet.evaluation.perplexity import iterate_contexts, unit_starts
     from longnet.evaluation.record import Evaluation
@@ -81,7 +81,7 @@ def evaluate(
     asked = contexts or _contexts(loaded.training_length)
     # What cannot be is refused before anything is computed.
     unit_starts(token_data.validation, asked, tokens)
-    tokenizer = load_tokenizer(token_data.tokenizer_folder)
+    tokenizer = open_tokenizer(token_data.tokenizer_folder)
     far: tuple[int, ...] = ()
     if passkey:
         far = distances or doubling_distances(max(asked))

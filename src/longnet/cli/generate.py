@@ -42,12 +42,13 @@ def generate(
     if (prompt is None) == (file is None):
         raise ValueError('give --prompt TEXT or --file FILE ("-" for the standard input), one of them')
     sampling = Sampling(tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    from longnet.cli.model import load_model, load_tokenizer
+    from longnet.cli.model import load_model
+    from longnet.data.tokenizer import open_tokenizer
     from longnet.measurement import take_device
 
     text = prompt if prompt is not None else _read(file)
     loaded = load_model(model, take_device(device, option="--device"), attention)
-    tokenizer = load_tokenizer(loaded.folder)
+    tokenizer = open_tokenizer(loaded.folder)
     generate_text(loaded.model, tokenizer, text, sampling, file=sys.stdout, echo=True)
     print()
 

@@ -76,22 +76,6 @@ def load_model(
     return Loaded(model, folder, run, training_length(folder))
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a model's folder.
-
-    Raises:
-        ValueError: it has none.
-    """
-    from transformers import AutoTokenizer
-
-    from longnet.tensors import first_line
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no tokenizer: {first_line(error)}") from error
-
-
 def training_length(folder: Path) -> int | None:
     """Return the tokens of a training sequence of a checkpoint of `longnet train`, None for another model."""
     from longnet.training.state import read_record

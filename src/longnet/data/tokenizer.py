@@ -42,7 +42,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         return wrap(_byte_tokenizer())
     if str(spec).startswith("tiktoken:"):
         return wrap(_tiktoken(str(spec).removeprefix("tiktoken:")))
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     path = Path(spec)
     if path.is_file():
@@ -53,16 +53,33 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         )
     if (path / "tokenizer.json").is_file():
         _read(path / "tokenizer.json")  # transformers says less clearly what is wrong with it
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} holds no Hugging Face tokenizer ({_first_line(error).rstrip(': ')}): give a folder with "
-            "tokenizer.json in it, which a tokenizer's save_pretrained writes"
-        ) from error
+    tokenizer = open_tokenizer(path)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{path} holds a {type(tokenizer).__name__} without a tokenizer.json: save it as a fast one")
     return _with_end(tokenizer)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that a Hugging Face folder holds, as it is.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    from transformers import AutoTokenizer
+
+    problem = "its vocabulary is empty"
+    cause: Exception | None = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # transformers 5.0 takes a folder for that of a model whose name is in the folder's, as mpt is in "empty".
+        if tokenizer.get_vocab().keys() - {token.content for token in tokenizer.added_tokens_decoder.values()}:
+            return tokenizer
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        problem, cause = _first_line(error).rstrip(": "), error
+    raise ValueError(
+        f"{folder} holds no Hugging Face tokenizer ({problem}): give a folder with tokenizer.json in it, which a "
+        "tokenizer's save_pretrained writes"
+    ) from cause
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:

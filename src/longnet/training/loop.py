@@ -19,11 +19,11 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from longnet.attention.backends import dispatch
 from longnet.data.loader import Windows
 from longnet.data.shards import TokenData
+from longnet.data.tokenizer import open_tokenizer
 from longnet.data.unknown import refuse_lost
 from longnet.evaluation.generation import Sampling, generate_text
 from longnet.evaluation.perplexity import evaluate_contexts, unit_starts
@@ -99,7 +99,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, progress: bool 
         if data.validation.tokens or recipe.evaluate.every:
             unit_starts(data.validation, recipe.contexts, recipe.evaluate.tokens)  # refuses what cannot be evaluated
         if recipe.sample.every and recipe.sample.prompt:
-            refuse_lost(AutoTokenizer.from_pretrained(data.tokenizer_folder), recipe.sample.prompt, "sample.prompt")
+            refuse_lost(open_tokenizer(data.tokenizer_folder), recipe.sample.prompt, "sample.prompt")
         _refuse_size(recipe, recipe.model_config(data), ranks)
         ranks.on_first(lambda: stack.enter_context(lock_run(output)))
         checkpoint = ranks.on_first(lambda: starting_point(output, data, tables, ranks, resume=resume))
@@ -343,7 +343,7 @@ class _Run:
 
     def _sample(self) -> None:
         sample = self.recipe.sample
-        tokenizer = AutoTokenizer.from_pretrained(self.data.tokenizer_folder)
+        tokenizer = open_tokenizer(self.data.tokenizer_folder)
         with self.autocast, self.ranks.evaluating(self.model):
             text = generate_text(self.model, tokenizer, sample.prompt, Sampling(tokens=sample.tokens))
         self.metrics.write("sample", self.state.step, prompt=sample.prompt, text=text)
