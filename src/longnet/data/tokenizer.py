@@ -242,7 +242,7 @@ def _tiktoken(name: str) -> Tokenizer:
     except ImportError as error:
         raise ValueError(f"tiktoken:{name} needs the package tiktoken: pip install 'longnet-torch[data]'") from error
     from tokenizers import AddedToken
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     known = tiktoken.list_encoding_names()
     if name not in known:
@@ -253,11 +253,18 @@ def _tiktoken(name: str) -> Tokenizer:
         raise ValueError(
             f"tiktoken cannot fetch {name} ({_first_line(error)}): the first use needs a network"
         ) from error
-    converter: Any = TikTokenConverter()  # type: ignore[no-untyped-call]
-    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
-    vocab, merges = converter.extract_vocab_merges_from_model("")
+    ranks, letters = encoding._mergeable_ranks, bytes_to_unicode()  # type: ignore[no-untyped-call]
+    texts = {rank: "".join(letters[byte] for byte in token) for token, rank in ranks.items()}
+    merges = sorted(  # in order of what they make
+        (rank, ranks[token[:cut]], ranks[token[cut:]])
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    )
     # As part of the vocabulary they keep their ids, which need not follow its end.
-    tokenizer = _byte_level({**vocab, **encoding._special_tokens}, merges, _oniguruma(encoding._pat_str))
+    vocabulary = {text: rank for rank, text in texts.items()} | encoding._special_tokens
+    pairs = [(texts[left], texts[right]) for _, left, right in merges]
+    tokenizer = _byte_level(vocabulary, pairs, _oniguruma(encoding._pat_str))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in encoding._special_tokens])
     return tokenizer
 
