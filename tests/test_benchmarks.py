@@ -91,6 +91,37 @@ def test_questions_are_answered_once_by_each_system(scripts, monkeypatch, tmp_pa
             assert answer.split() == told
 
 
+def test_answers_to_ruler_are_scored_by_what_was_asked(scripts, monkeypatch, tmp_path):
+    """A share of the words that are wanted; rows of earlier answers stay where there are none now."""
+    smollm2, *_ = scripts
+    ruler = importlib.import_module("smollm2_ruler")
+    monkeypatch.delitem(sys.modules, "smollm2_ruler")
+    asked = [
+        {"task": task, "length": length, "digests": ["3f", "a1"],
+         "docs": [{"max_length": length, "outputs": wanted} for wanted in (["4711"], ["ABC", "DEF"])]}
+        for task, length in (("niah_single_1", 2048), ("niah_single_1", 4096), ("ruler_vt", 2048))
+    ]  # fmt: skip
+    ruler.write_rows(tmp_path / "questions.jsonl", asked)
+    told = {
+        ("niah_single_1", 2048, "dense", 0): ([" It is 4711.", " abc, and def"], [1.0, 1.0]),
+        ("niah_single_1", 4096, "dense", 0): ([" 471", " DEF"], [0.0, 0.5]),
+        ("ruler_vt", 2048, "all", 3): ([" 4711"], [1.0]),  # stopped before the second
+    }
+    for (task, length, system, healed), (answers, _) in told.items():
+        row = {"task": task, "length": length, "system": system, "healed": healed, "answers": answers}
+        smollm2.add_row(tmp_path / "answers.jsonl", {**row, "questions": len(answers)})
+    for _ in range(2):
+        ruler.score(tmp_path)
+        rows = smollm2.rows_of(tmp_path / "ruler.jsonl")
+        assert [(row["task"], row["length"], row["system"], row["healed"]) for row in rows] == [*told]
+        for row, (answers, scores) in zip(rows, told.values(), strict=True):
+            assert row["scores"] == scores
+            assert row["questions"] == ["3f", "a1"][: len(answers)]
+            assert row["first_answer"] == answers[0]
+            assert "answers" not in row
+        (tmp_path / "answers.jsonl").unlink(missing_ok=True)
+
+
 def test_held_out_files_are_a_tenth_and_rows_that_were_cut_off_are_dropped(scripts, tmp_path):
     smollm2, *_ = scripts
     assert 0.08 < np.mean([smollm2.is_held_out(f"{number}.py") for number in range(2000)]) < 0.12
