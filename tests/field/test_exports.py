@@ -48,7 +48,6 @@ def test_jit_and_onnx_are_refused(model, tmp_path):
 
 
 def test_the_newer_onnx_exporter_tells_it_too(model, tmp_path):
-    pytest.importorskip("onnxscript")
     with pytest.raises(torch.onnx.OnnxExporterError, match="ONNX has no operator for dilated attention"):
         torch.onnx.export(
             model, (), tmp_path / "model.onnx", kwargs={"input_ids": IDS, "use_cache": False}, dynamo=True
